@@ -1,0 +1,50 @@
+# Each target does all its own set-up; CI calls `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: help quickstart test test-fast check format lock clean
+
+help:
+	@echo "make quickstart   train a ResNet here and now, on two processes"
+	@echo "make test         checks, then all tests"
+	@echo "make test-fast    the tests that start no processes"
+	@echo "make check        ruff, mypy, the import rules"
+	@echo "make format       let ruff format the code"
+	@echo "make lock         resolve requirements.txt anew"
+
+$(READY): requirements.txt setup.py
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "podlaunch needs Python 3.11 to 3.13; set PYTHON=python3.12"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: $(READY)
+	$(BIN)/launch configs/quickstart.yaml
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/pytest
+
+test-fast: $(READY)
+	$(BIN)/pytest -m "not cluster"
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile setup.py --extra test --universal --python-version 3.11 --generate-hashes \
+	  --no-annotate --custom-compile-command "make lock" --quiet -o requirements.txt
+
+clean:
+	rm -rf $(VENV) $(VENV)-lock *.egg-info

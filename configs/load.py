@@ -1,0 +1,212 @@
+"""A recipe file and `section.key=value` overrides become a RunConfig, or errors that teach.
+
+All problems are reported at once, each with file, line, key, value, what is allowed and, for a
+misspelt name, the nearest valid one.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+
+Loc = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number, as YAML 1.2 and every user do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the recipe at `path` and apply `section.key=value` overrides. Raises UserError."""
+    values, where, problems = _read(path)
+    for override in overrides:
+        problems += _apply(override, values, where)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as e:
+        problems += [line for error in e.errors() for line in _explain(error, path, where)]
+    if problems:
+        # Each member of a union reports the same value.
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """`; did you mean "x"?` for a near miss, else an empty string."""
+    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f'; did you mean "{match[0]}"?' if match else ""
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Loc, str], list[str]]:
+    """Values, where each key stands (`file:line`), and problems of the YAML itself."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        parent = path.parent if path.parent.is_dir() else Path(".")
+        there = sorted(str(p) for p in parent.glob("*.yaml"))
+        hint = nearest(str(path), there) or (f"; there are: {', '.join(there)}" if there else "")
+        raise UserError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror if isinstance(e, OSError) else e}") from None
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        values = loader.construct_document(root) if root is not None else {}
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(e, "problem", None) or str(e)
+        raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}:1: a recipe is a mapping of sections (model:, data:, …), got a {_kind(values)}"
+        )
+    where: dict[Loc, str] = {}
+    problems: list[str] = []
+    _locate(root, (), path, where, problems)
+    return values, where, problems
+
+
+def _locate(node: Any, loc: Loc, path: Path, where: dict[Loc, str], problems: list[str]) -> None:
+    """Record the line of every key below `node`, and refuse keys written twice."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*loc, str(key.value))
+        line = f"{path}:{key.start_mark.line + 1}"
+        if here in where:
+            problems.append(f"{line}: {'.'.join(here)} is written twice (first at {where[here]})")
+        where[here] = line
+        _locate(value, here, path, where, problems)
+
+
+def _apply(override: str, values: dict[str, Any], where: dict[Loc, str]) -> list[str]:
+    """Set one `section.key=value` in `values`; the problems with it."""
+    key, equals, text = override.partition("=")
+    loc = tuple(key.split("."))
+    if not equals or len(loc) < 2 or not all(loc):
+        return [f"{override!r}: an override is section.key=value, such as train.batch_size=512"]
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError:
+        value = text
+    section: Any = values
+    for name in loc[:-1]:
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            return [f"command line: {key}: {name} is not a section in the recipe"]
+    section[loc[-1]] = value
+    for i in range(1, len(loc) + 1):
+        where[loc[:i]] = "command line"
+    return []
+
+
+def _explain(error: ErrorDetails, path: Path, where: dict[Loc, str]) -> list[str]:
+    """One pydantic error in the words of the user's file."""
+    # A union adds its member's tag to the location, and tuples their index: keep the user's keys.
+    loc = tuple(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "constrained")))
+    model, known = _model_at(loc)
+    while loc and loc not in where and not known:
+        loc = loc[:-1]
+        model, known = _model_at(loc)
+    line = next((where[loc[:i]] for i in range(len(loc), 0, -1) if loc[:i] in where), str(path))
+    if error["type"] == "value_error" and not loc:  # RunConfig._sections_agree
+        text = error["msg"].removeprefix("Value error, ")
+        return [f"{_line_of(problem, where, path)}: {problem}" for problem in text.split("\n")]
+    key = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        valid = list(model.model_fields)
+        hint = nearest(loc[-1], valid)
+        owner = ".".join(loc[:-1]) or "a recipe"
+        return [f"{line}: {key}: unknown key{hint} ({owner} has: {', '.join(valid)})"]
+    return [f"{line}: {key} = {_show(error['input'])}: {_allowed(error, loc)}"]
+
+
+def _line_of(problem: str, where: dict[Loc, str], path: Path) -> str:
+    """Where the key stands that a cross-section problem begins with."""
+    loc = tuple(problem.split()[0].split("."))
+    return next((where[loc[:i]] for i in range(len(loc), 0, -1) if loc[:i] in where), str(path))
+
+
+def _model_at(loc: Loc) -> tuple[type[BaseModel], bool]:
+    """The section that holds the last part of `loc`, and whether that part is a field of it."""
+    model: type[BaseModel] = RunConfig
+    for i, name in enumerate(loc):
+        field = model.model_fields.get(name)
+        if i == len(loc) - 1 or field is None:
+            return model, field is not None and i == len(loc) - 1
+        annotation = field.annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return model, False
+        model = annotation
+    return model, False
+
+
+def _allowed(error: ErrorDetails, loc: Loc) -> str:
+    """What the field takes instead."""
+    kind, context = error["type"], error.get("ctx", {})
+    model, known = _model_at(loc)
+    field = model.model_fields[loc[-1]] if known else None
+    annotation = field.annotation if field else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = ", ".join(annotation.model_fields)
+        return f"must be a mapping with keys among {fields}, got a {_kind(error['input'])}"
+    choices = _choices(annotation)
+    if choices:
+        hint = nearest(str(error["input"]), [str(c) for c in choices])
+        also = " or a whole number of at least 1" if _takes_number(annotation) else ""
+        return f"allowed: {', '.join(map(str, choices))}{also}{hint}"
+    bounds = {
+        "greater_than_equal": f"must be at least {context.get('ge')}",
+        "greater_than": f"must be above {context.get('gt')}",
+        "less_than": f"must be below {context.get('lt')}",
+        "less_than_equal": f"must be at most {context.get('le')}",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_type": "must be a number",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "tuple_type": "must be a list of three numbers, one a channel",
+        "missing": "must be a list of three numbers, one a channel",
+        "too_long": "must be a list of three numbers, one a channel",
+    }
+    return bounds.get(kind, error["msg"])
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Literal values anywhere in a type annotation."""
+    found: list[Any] = []
+    for arg in get_args(annotation):
+        found += [arg] if isinstance(arg, (str, int)) and not isinstance(arg, bool) else _choices(arg)
+    return found
+
+
+def _takes_number(annotation: Any) -> bool:
+    return any(arg is int or _takes_number(arg) for arg in get_args(annotation))
+
+
+def _kind(value: Any) -> str:
+    names = {list: "list", dict: "mapping", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _show(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()[:80]

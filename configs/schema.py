@@ -1,0 +1,248 @@
+"""RunConfig: everything a user can set for one training, in eight sections.
+
+Each field's docstring is its help in editors (`launch schema`). Checks that need the machines
+(mesh, batch per device) are the plan's, in launcher/plan.py.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from configs.architectures import ARCHITECTURES
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Strict mode takes no list for a tuple, and YAML has only lists.
+Rgb = Annotated[
+    tuple[float, float, float],
+    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    name: Literal[tuple(ARCHITECTURES)] = "resnet50"  # type: ignore[valid-type]
+    """Architecture."""
+    num_classes: Annotated[int, Field(ge=2)] = 1000
+    """Width of the classifier."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """`imagenet`: 7×7 stride 2 and max-pool; `small`: 3×3 stride 1, no pool (images below ~64 px)."""
+    width: Positive = 64
+    """Channels of the first stage; 64 is the published ResNet."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type. Parameters, batch statistics and loss are always float32."""
+    batch_norm: Literal["global"] | Positive = "global"
+    """Images that share batch statistics: `global` (the whole batch) or a group of n images.
+    Groups that fit on one device cost no collective; global costs two per layer."""
+    batch_norm_momentum: Fraction = 0.9
+    """Running statistics = momentum × old + (1 − momentum) × new."""
+    zero_init_last_gamma: bool = True
+    """Start every residual branch at zero (Goyal et al. 2017)."""
+
+
+class MeshConfig(Section):
+    """The batch×model mesh of devices."""
+
+    batch: Literal[-1] | Positive = -1
+    """Devices along the batch axis; -1: all that `model` leaves."""
+    model: Positive = 1
+    """Devices along the model axis: output channels and the classifier are sharded over it."""
+
+
+class SplitConfig(Section):
+    """One split of `data.source: records`, or the size of a synthetic one."""
+
+    path: str | None = None
+    """Folder or gs:// prefix of the records."""
+    num_examples: Positive | None = None
+    """Number of examples; required for `records` and `synthetic`, known for `digits`."""
+
+
+class DataConfig(Section):
+    """Where images come from, and what is done to them."""
+
+    source: Literal["records", "digits", "synthetic"] = "records"
+    """`records`: your own images; `digits`: scikit-learn's 1,797 handwritten digits; `synthetic`: noise,
+    for benchmarks."""
+    train: SplitConfig = SplitConfig()
+    """Training split."""
+    eval: SplitConfig = SplitConfig()
+    """Held-out split."""
+    image_size: Annotated[int, Field(ge=8)] = 224
+    """Height and width in pixels."""
+    flip: bool = True
+    """Mirror half of the training images, on the device."""
+    mean: Rgb = (0.485, 0.456, 0.406)
+    """Subtracted from images in [0, 1], per channel."""
+    std: Rgb = (0.229, 0.224, 0.225)
+    """Divides images in [0, 1] after the mean, per channel."""
+    read_threads: NonNegative = 8
+    """Threads per process that read and decode; 0 reads in the consumer."""
+    prefetch_batches: Positive = 2
+    """Batches per process kept ready on the host, and again on the devices."""
+
+
+class TrainConfig(Section):
+    """The length and the arithmetic of training."""
+
+    batch_size: Positive = 256
+    """Global batch: images per step over all devices."""
+    epochs: PositiveFloat = 90.0
+    """Passes over the training split."""
+    steps: Positive | None = None
+    """Stop after this many steps instead of after `epochs`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds initialisation, sample order and augmentation."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target spread over all classes."""
+    accumulate: Positive = 1
+    """Micro-batches a step; their gradients are averaged."""
+    clip_norm: PositiveFloat | None = None
+    """Clip the gradient to this global norm."""
+    ema_decay: Fraction | None = None
+    """Keep an exponential moving average of weights and batch statistics, and evaluate that."""
+    eval_every_epochs: PositiveFloat | None = 1.0
+    """Epochs between evaluations; null: only at the end."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer. Weight decay never touches batch norm or biases."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    learning_rate: PositiveFloat = 0.1
+    """Peak learning rate at this global batch."""
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 term of SGD; decoupled decay of AdamW."""
+    momentum: Fraction = 0.9
+    """SGD only."""
+    nesterov: bool = True
+    """SGD only."""
+    b1: Fraction = 0.9
+    """AdamW only."""
+    b2: Fraction = 0.999
+    """AdamW only."""
+    eps: PositiveFloat = 1e-8
+    """AdamW only."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over time."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Linear warm-up from 0."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end, as a fraction of the peak."""
+
+
+class CheckpointConfig(Section):
+    """Asynchronous Orbax checkpoints. One is also written at each evaluation and at the end."""
+
+    every_steps: Positive | None = None
+    """Steps between checkpoints."""
+    every_minutes: PositiveFloat | None = 10.0
+    """Minutes between checkpoints, by the clock of process 0."""
+    keep_last: Positive = 3
+    """Newest checkpoints kept."""
+    keep_best: NonNegative = 1
+    """Best checkpoints kept, by `metric`."""
+    metric: Literal["eval/accuracy", "eval/loss"] = "eval/accuracy"
+    """What `best` means: highest accuracy or lowest loss."""
+
+
+class LogConfig(Section):
+    """Progress line and TensorBoard."""
+
+    every_steps: Positive = 50
+    """Steps between entries."""
+    tensorboard: str | None = None
+    """Folder or gs:// prefix for event files; null: tensorboard/ in the run directory."""
+    num_images: NonNegative = 25
+    """Images in the grids of inputs and of evaluation mistakes."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        problems = [*_data_problems(self.data, self.model)]
+        if self.optimizer.nesterov and self.optimizer.name == "sgd" and not self.optimizer.momentum:
+            problems.append("optimizer.nesterov = true needs momentum; set optimizer.momentum above 0")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Dataset(Section):
+    """What is known of a built-in dataset without opening it."""
+
+    num_train: int
+    num_eval: int
+    num_classes: int
+
+
+DATASETS = {"digits": Dataset(num_train=1437, num_eval=360, num_classes=10)}
+
+
+def num_examples(data: DataConfig) -> tuple[int, int]:
+    """Examples of the training and of the held-out split."""
+    known = DATASETS.get(data.source)
+    if known:
+        return known.num_train, known.num_eval
+    num_train, num_eval = data.train.num_examples, data.eval.num_examples
+    assert num_train is not None  # _data_problems saw to both
+    assert num_eval is not None
+    return num_train, num_eval
+
+
+def _data_problems(data: DataConfig, model: ModelConfig) -> list[str]:
+    problems = []
+    known = DATASETS.get(data.source)
+    for split in ("train", "eval"):
+        given: SplitConfig = getattr(data, split)
+        if known and (given.path is not None or given.num_examples is not None):
+            problems.append(f"data.{split} is fixed for data.source = {data.source}; remove it")
+        if not known and given.num_examples is None:
+            problems.append(f"data.{split}.num_examples is missing; data.source = {data.source} needs it")
+        if data.source == "records" and given.path is None:
+            problems.append(f"data.{split}.path is missing; data.source = records needs a folder or gs://…")
+    if known and model.num_classes < known.num_classes:
+        problems.append(
+            f"model.num_classes = {model.num_classes} is too small: "
+            f"data.source = {data.source} has {known.num_classes} classes"
+        )
+    if data.source == "digits" and data.image_size % 8:
+        problems.append(
+            f"data.image_size = {data.image_size} must be a multiple of 8 for data.source = digits"
+        )
+    if min(data.std) <= 0:
+        problems.append(f"data.std = {list(data.std)} must be above 0 in each channel")
+    return problems
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, for editors (https://json-schema.org, draft 2020-12)."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **RunConfig.model_json_schema(),
+    }

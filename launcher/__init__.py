@@ -1,0 +1,1 @@
+"""Runs where the user types: decides, starts, watches. Never imports jax, but for worker.py."""

@@ -1,0 +1,179 @@
+"""RunConfig + ClusterSpec -> Plan: every figure of the run and every check that needs the machines. Pure.
+
+What `launch plan` prints is what runs: a worker reads the plan and evaluates no config again.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from configs.architectures import num_parameters
+from configs.errors import UserError
+from configs.schema import MeshConfig, RunConfig, num_examples
+from launcher.clusters import ClusterSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, resolved. Serialises to plan.json."""
+
+    name: str
+    run_directory: str
+    cluster: str
+    backend: str
+    platform: str
+    processes: int
+    devices: int
+    """In all."""
+    devices_per_process: int
+    mesh: dict[str, int]
+    """Devices along `batch` and `model`."""
+    global_batch: int
+    per_device_batch: int
+    """Images a step on each device of the batch axis."""
+    steps: int
+    steps_per_epoch: float
+    epochs: float
+    parameters: int
+    config_file: str
+    config: dict[str, Any]
+    """The RunConfig, with mesh.batch and train.steps resolved."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Commit and dirty flag of the code, versions of the packages."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
+
+    def run_config(self) -> RunConfig:
+        return RunConfig.model_validate(self.config)
+
+
+def make_plan(
+    config: RunConfig,
+    cluster: ClusterSpec,
+    *,
+    name: str,
+    root: Path,
+    config_file: Path,
+    provenance: dict[str, Any],
+) -> Plan:
+    """Resolve and cross-check. Raises UserError with one line a problem."""
+    mesh = _mesh(config.mesh, cluster)
+    problems = [*_batch_problems(config, mesh)]
+    num_train = num_examples(config.data)[0]
+    batch = config.train.batch_size
+    steps = config.train.steps or math.ceil(config.train.epochs * num_train / batch)
+    epochs = steps * batch / num_train
+    if batch > num_train:
+        problems.append(
+            f"train.batch_size = {batch} is more than the {num_train} training examples; lower it"
+        )
+    if config.schedule.warmup_epochs >= epochs and config.schedule.warmup_epochs:
+        problems.append(
+            f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g} is not below the run's "
+            f"{epochs:.3g} epochs ({steps} steps); shorten it or train longer"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    resolved = config.model_dump(mode="json")
+    resolved["mesh"] = mesh
+    resolved["train"]["steps"] = steps
+    return Plan(
+        name=name,
+        run_directory=str(root.absolute() / name),
+        cluster=cluster.name,
+        backend=cluster.backend,
+        platform=cluster.platform,
+        processes=cluster.processes,
+        devices=cluster.processes * cluster.devices_per_process,
+        devices_per_process=cluster.devices_per_process,
+        mesh=mesh,
+        global_batch=batch,
+        per_device_batch=batch // mesh["batch"],
+        steps=steps,
+        steps_per_epoch=num_train / batch,
+        epochs=epochs,
+        parameters=num_parameters(
+            config.model.name,
+            num_classes=config.model.num_classes,
+            width=config.model.width,
+            stem=config.model.stem,
+        ),
+        config_file=str(config_file),
+        config=resolved,
+        provenance=provenance,
+    )
+
+
+def _mesh(mesh: MeshConfig, cluster: ClusterSpec) -> dict[str, int]:
+    devices = cluster.processes * cluster.devices_per_process
+    where = f'cluster "{cluster.name}" has {devices} ({cluster.processes} processes × {cluster.devices_per_process})'
+    if mesh.batch == -1:
+        if devices % mesh.model:
+            divisors = [d for d in range(1, devices + 1) if devices % d == 0]
+            raise UserError(
+                f"mesh.model = {mesh.model} does not divide the devices: {where}. "
+                f"Allowed: {', '.join(map(str, divisors))}"
+            )
+        return {"batch": devices // mesh.model, "model": mesh.model}
+    if mesh.batch * mesh.model != devices:
+        raise UserError(
+            f"mesh.batch = {mesh.batch} × mesh.model = {mesh.model} needs {mesh.batch * mesh.model} devices; "
+            f"{where}. Set mesh.batch=-1 to use all that model leaves, or choose another cluster"
+        )
+    return {"batch": mesh.batch, "model": mesh.model}
+
+
+def _batch_problems(config: RunConfig, mesh: dict[str, int]) -> list[str]:
+    batch, accumulate, shards = config.train.batch_size, config.train.accumulate, mesh["batch"]
+    if batch % shards:
+        below, above = batch // shards * shards, -(-batch // shards) * shards
+        nearest = " or ".join(str(b) for b in (below, above) if b)
+        return [
+            f"train.batch_size = {batch} does not divide over mesh.batch = {shards} devices; nearest: {nearest}"
+        ]
+    per_device = batch // shards
+    if per_device % accumulate:
+        return [
+            f"train.accumulate = {accumulate} does not divide the {per_device} images of a device "
+            f"(train.batch_size = {batch} over {shards}); use a divisor of {per_device}"
+        ]
+    group, micro = config.model.batch_norm, per_device // accumulate
+    if isinstance(group, int) and micro % group and (group % micro or batch // accumulate % group):
+        return [
+            f"model.batch_norm = {group} neither divides the {micro} images of a device nor is a multiple of "
+            f"them that divides the batch; use a divisor of {micro}, or global"
+        ]
+    return []
+
+
+# What may differ when a run goes on: where it runs, how often it saves and logs, how long it trains.
+_FREE = {
+    "mesh": None,
+    "checkpoint": None,
+    "log": None,
+    "train": {"epochs", "steps", "eval_every_epochs"},
+    "data": {"read_threads", "prefetch_batches"},
+}
+
+
+def differences(old: Plan, new: Plan) -> list[str]:
+    """Settings of `new` under which the checkpoints of `old` cannot go on, as `key: old, now new`."""
+    found = []
+    for section, values in new.config.items():
+        free = _FREE.get(section, set())
+        if free is None:
+            continue
+        before = old.config.get(section, {})
+        found += [
+            f"{section}.{key}: {before.get(key)}, now {value}"
+            for key, value in values.items()
+            if key not in free and before.get(key) != value
+        ]
+    return found

@@ -1,0 +1,160 @@
+"""The run directory: the one place where a run's plan, attempts, logs and result are kept.
+
+plan.json       the plan of the newest launch
+attempts.jsonl  a line an attempt that ended
+result.json     how the run ended
+hosts/H.json    the newest word of each process of the current attempt
+checkpoints/ tensorboard/ logs/attempt-K/host-H.log
+"""
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.files import write_atomically
+from launcher.plan import Plan
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def check_name(name: str) -> str:
+    """`name` if it can be a run's: it becomes a folder, an object prefix and part of job names."""
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name!r}: a run name has 1 to 63 letters, digits, dots, dashes and underscores, "
+            f"and begins with a letter or digit"
+        )
+    return name
+
+
+class RunDirectory:
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    # Plan
+
+    def plan(self) -> Plan | None:
+        text = _read(self.path / "plan.json")
+        return Plan.from_json(text) if text else None
+
+    def create(self, plan: Plan) -> None:
+        """Make the folder and write the plan. Raises UserError where it cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "plan.json", plan.to_json())
+        except OSError as e:
+            raise UserError(
+                f"run directory {self.path} cannot be written: {e.strerror}; choose another place with --root"
+            ) from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this launcher; the lock goes with the process, however it ends."""
+        with (self.path / ".lock").open("w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"run {self.name} is running already; see `launch status {self.name}`, end it with "
+                    f"`launch stop {self.name}`, or begin another with --name"
+                ) from None
+            yield
+
+    def is_running(self) -> bool:
+        """Whether some launcher holds the run."""
+        try:
+            with (self.path / ".lock").open("r") as f:
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    # Attempts and result
+
+    def attempts(self) -> list[dict[str, Any]]:
+        lines = (_read(self.path / "attempts.jsonl") or "").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a crash may cut the last
+
+    def add_attempt(self, attempt: dict[str, Any]) -> None:
+        with (self.path / "attempts.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(attempt, ensure_ascii=False) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        text = _read(self.path / "result.json")
+        return json.loads(text) if text else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_atomically(self.path / "result.json", json.dumps(result, indent=2, ensure_ascii=False))
+
+    # The word of the hosts
+
+    def begin_attempt(self) -> int:
+        """Number of the next attempt; its logs folder is made, words of the one before are cleared."""
+        (self.path / "result.json").unlink(missing_ok=True)
+        self.clear_stop()
+        shutil.rmtree(self.path / "hosts", ignore_errors=True)
+        (self.path / "hosts").mkdir()
+        number = self.last_attempt() + 1
+        self.logs(number).mkdir(parents=True)
+        return number
+
+    def last_attempt(self) -> int:
+        """Number of the newest attempt, 0 before the first."""
+        folders = (self.path / "logs").glob("attempt-*")
+        return max((int(p.name.removeprefix("attempt-")) for p in folders), default=0)
+
+    def logs(self, attempt: int) -> Path:
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def log(self, attempt: int, process: int) -> Path:
+        return self.logs(attempt) / f"host-{process}.log"
+
+    def report(self, process: int) -> dict[str, Any]:
+        """The newest word of one process, empty before its first."""
+        return json.loads(_read(self.path / "hosts" / f"{process}.json") or "{}")
+
+    def write_report(self, process: int, report: dict[str, Any]) -> None:
+        write_atomically(self.path / "hosts" / f"{process}.json", json.dumps(report))
+
+    # Stop requests, which reach the launcher from any terminal
+
+    def request_stop(self) -> None:
+        (self.path / "stop").touch()
+
+    def clear_stop(self) -> None:
+        (self.path / "stop").unlink(missing_ok=True)
+
+    def stop_requested(self) -> bool:
+        return (self.path / "stop").exists()
+
+    # Checkpoints
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        folder = self.path / "checkpoints"
+        return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+
+
+def runs(root: Path) -> list[RunDirectory]:
+    """All runs below `root`, the one used last first."""
+    plans = sorted(root.glob("*/plan.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [RunDirectory(p.parent) for p in plans]
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,217 @@
+"""Attempts: start, watch, verdict, again or not. One file for all backends.
+
+A verdict is one of completed, stopped (by the user), preempted (by SIGTERM) and failed. A failure is
+tried again from the last checkpoint, unless it is the user's to mend (exit code 2) or certain to
+happen again.
+"""
+
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from launcher.backends import Backend, Exit, Gang
+from launcher.plan import Plan
+from launcher.rundir import RunDirectory
+
+EXIT_DONE, EXIT_USER_ERROR, EXIT_SAVED, EXIT_STOPPED = 0, 2, 75, 130
+EXIT_CODES = {"completed": EXIT_DONE, "preempted": EXIT_SAVED, "stopped": EXIT_STOPPED, "failed": 1}
+POLL_SECONDS = 0.1
+TAIL_LINES = 12
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first thing that went wrong in an attempt."""
+
+    process: int
+    host: str
+    cause: str
+    """`exit code N` or the signal's name."""
+    error: str
+    """Last line of the traceback, or of the log."""
+    step: int | None
+    lines: list[str]
+    """Last lines of the traceback, or of the log."""
+    retryable: bool
+
+
+@dataclass
+class Wishes:
+    """What the user or the system asks of a running launcher; set by signal handlers."""
+
+    stop: str | None = None
+    """`stopped` (Ctrl-C) or `preempted` (SIGTERM)."""
+    now: bool = False
+    """Ctrl-C again: do not wait for the save."""
+
+    def interrupted(self, signum: int, frame: Any) -> None:
+        self.now = self.stop is not None and signum == signal.SIGINT
+        self.stop = self.stop or ("stopped" if signum == signal.SIGINT else "preempted")
+
+
+Watch = Callable[[int, dict[str, Any]], None]
+"""Called some times a second with the attempt's number and the newest report of process 0."""
+
+
+def supervise(
+    plan: Plan, run: RunDirectory, backend: Backend, *, max_restarts: int, wishes: Wishes, watch: Watch,
+    announce: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Run attempts until a final verdict; returns what it wrote to result.json."""
+    begun = time.time()
+    restarts = 0
+    _account_for_lost(run)
+    while True:
+        number = run.begin_attempt()
+        started = time.time()
+        from_step = (run.checkpoint_steps() or [0])[-1]
+        verdict, failure = _attempt(plan, run, backend.start(plan, run, number), number, wishes, watch)
+        attempt = _ledger_line(run, number, started, from_step, verdict, failure)
+        run.add_attempt(attempt | {"cluster": plan.cluster, "mesh": plan.mesh})
+        if failure is None or not failure.retryable or restarts >= max_restarts:
+            break
+        restarts += 1
+        announce(
+            f"{describe(failure)}\n"
+            f"attempt {number + 1} from step {attempt['kept_step']} (restart {restarts} of {max_restarts})"
+        )
+    result = _result(run, verdict, failure, time.time() - begun)
+    run.write_result(result)
+    return result
+
+
+def describe(failure: Failure | dict[str, Any]) -> str:
+    """One line: which process, where, how, why."""
+    f = asdict(failure) if isinstance(failure, Failure) else failure
+    at = "" if f["step"] is None else f" at step {f['step']}"
+    return f"process {f['process']} on {f['host']} failed{at} ({f['cause']}): {f['error']}"
+
+
+def _attempt(
+    plan: Plan, run: RunDirectory, gang: Gang, number: int, wishes: Wishes, watch: Watch
+) -> tuple[str, Failure | None]:
+    """Watch one gang to its end; nothing of it is left when this returns."""
+    running = set(range(plan.processes))
+    codes: list[int] = []
+    asked = killed = False
+    try:
+        while running:
+            for ended in gang.poll(POLL_SECONDS):
+                running.discard(ended.process)
+                codes.append(ended.code)
+                if asked and ended.code == -signal.SIGTERM:
+                    killed = True  # it had not begun to train: nothing to save, nobody to wait for
+                elif ended.code not in (EXIT_DONE, EXIT_SAVED) and not killed:
+                    gang.kill()
+                    return "failed", _failure(run, number, ended)
+            if run.stop_requested() and wishes.stop is None:
+                wishes.stop = "stopped"
+            if wishes.stop and not asked:
+                asked = True
+                gang.ask_to_stop()
+            if killed := killed or wishes.now:
+                gang.kill()
+            watch(number, run.report(0))
+    finally:
+        gang.kill()
+        while running:
+            running -= {ended.process for ended in gang.poll(POLL_SECONDS)}
+    if all(code == EXIT_DONE for code in codes):
+        return "completed", None
+    return wishes.stop or "preempted", None
+
+
+def _failure(run: RunDirectory, number: int, ended: Exit) -> Failure:
+    report = run.report(ended.process)
+    told = report.get("failure") or {}
+    lines = told.get("traceback") or _tail(run, number, ended.process)
+    code = ended.code
+    return Failure(
+        process=ended.process,
+        host=report.get("host", socket.gethostname()),
+        cause=f"exit code {code}" if code >= 0 else signal.Signals(-code).name,
+        error=told.get("error") or (lines[-1] if lines else "its log is empty"),
+        step=report.get("step"),
+        lines=lines[-TAIL_LINES:],
+        retryable=code != EXIT_USER_ERROR and told.get("retryable", True),
+    )
+
+
+def _tail(run: RunDirectory, attempt: int, process: int) -> list[str]:
+    text = run.log(attempt, process).read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+
+
+def _ledger_line(
+    run: RunDirectory, number: int, started: float, from_step: int, verdict: str, failure: Failure | None
+) -> dict[str, Any]:
+    report = run.report(0)
+    reached = report.get("step", from_step)
+    kept = (run.checkpoint_steps() or [0])[-1]
+    return {
+        "attempt": number,
+        "started": _iso(started),
+        "ended": _iso(time.time()),
+        "wall_seconds": round(time.time() - started, 3),
+        "verdict": verdict,
+        "hosts": sorted({run.report(p).get("host", "") for p in range(report.get("processes", 1))} - {""}),
+        "from_step": from_step,
+        "reached_step": reached,
+        "kept_step": kept,
+        "steps_lost": max(reached - kept, 0),
+        "seconds": report.get("seconds", {}),
+        "failure": asdict(failure) if failure else None,
+    }
+
+
+def _account_for_lost(run: RunDirectory) -> None:
+    """A launcher that was killed left no line for its attempt: write it from what the hosts said."""
+    known = run.attempts()
+    number = run.last_attempt()
+    if number <= (known[-1]["attempt"] if known else 0):
+        return
+    before = known[-1]["kept_step"] if known else 0
+    started = run.logs(number).stat().st_mtime
+    run.add_attempt(_ledger_line(run, number, started, before, "launcher lost", None))
+
+
+def _result(run: RunDirectory, verdict: str, failure: Failure | None, wall_seconds: float) -> dict[str, Any]:
+    report = run.report(0)
+    outcome = report.get("outcome") or {}
+    attempts = run.attempts()
+    return {
+        "status": verdict,
+        "step": outcome.get("step", attempts[-1]["kept_step"]),
+        "epoch": outcome.get("epoch", report.get("epoch")),
+        "metrics": {k: v for k, v in report.items() if k.startswith(("eval/", "train/"))},
+        "images_per_second": outcome.get("images_per_second"),
+        "attempts": len(attempts),
+        "wall_seconds": round(wall_seconds, 3),
+        "goodput": goodput(attempts),
+        "failure": asdict(failure) if failure else None,
+    }
+
+
+def goodput(attempts: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of the wall time of all attempts: `train` is compute on steps that were kept."""
+    wall = sum(a["wall_seconds"] for a in attempts) or 1.0
+    shares = dict.fromkeys(("train", "data_wait", "checkpoint", "evaluation", "lost"), 0.0)
+    for a in attempts:
+        seconds = a["seconds"]
+        steps = a["reached_step"] - a["from_step"]
+        kept = max(a["kept_step"] - a["from_step"], 0) / steps if steps > 0 else 1.0
+        compute = seconds.get("compute", 0.0)
+        shares["train"] += compute * min(kept, 1.0)
+        shares["lost"] += compute * (1 - min(kept, 1.0))
+        for activity in ("data_wait", "checkpoint", "evaluation"):
+            shares[activity] += seconds.get(activity, 0.0)
+    shares["startup_and_rest"] = max(wall - sum(shares.values()), 0.0)
+    return {activity: round(seconds / wall, 4) for activity, seconds in shares.items()}
+
+
+def _iso(timestamp: float) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="seconds")

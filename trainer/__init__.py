@@ -1,0 +1,1 @@
+"""Training, given an initialised jax runtime and a config. Knows no cluster."""

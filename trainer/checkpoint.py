@@ -1,0 +1,212 @@
+"""Asynchronous Orbax checkpoints: saved while training goes on, checked before they are trusted.
+
+    checkpoints/STEP/            arrays and data position; complete once it has this name
+    checkpoints/STEP/crc32c.json checksum of each file, written after the commit
+    checkpoints/STEP.damaged     a checkpoint whose files no longer match; kept for you to look at
+    checkpoints/scores.json      evaluation metric by step, for keep_best
+
+Orbax notices a damaged index but not a flipped byte inside an array; the checksums do.
+"""
+
+import json
+import logging
+import math
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from configs.files import write_atomically
+from configs.schema import CheckpointConfig
+from trainer.state import TrainState
+
+CHECKSUMS = "crc32c.json"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """Where the data stream stands, and what it indexes."""
+
+    position: int
+    seed: int
+    digest: str
+
+
+@dataclass
+class _KeepBest(policies.PreservationPolicy):
+    """Keeps the n checkpoints with the highest score; evaluation comes after the save, so scores come late."""
+
+    n: int
+    scores: dict[int, float]
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[policies.PolicyCheckpointInfo],
+        *,
+        context: policies.PreservationContext,
+    ) -> Sequence[bool]:
+        scored = sorted((c.step for c in checkpoints if c.step in self.scores), key=self.scores.__getitem__)
+        best = set(scored[len(scored) - self.n :]) if self.n else set()
+        return [c.step in best for c in checkpoints]
+
+
+class Checkpointer:
+    """Saves, scores and restores train states below `directory`, on all processes together."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
+        self._directory = directory
+        self._sign = 1 if config.metric == "eval/accuracy" else -1
+        self._writing: int | None = None
+        self._checksummer: threading.Thread | None = None
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            _set_damaged_aside(directory)
+        multihost_utils.sync_global_devices("checkpoints verified")
+        self._scores_file = directory / "scores.json"
+        self.scores: dict[int, float] = _read_scores(self._scores_file)
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(config.keep_last), _KeepBest(config.keep_best, self.scores)]
+                ),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint that is complete and undamaged."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data: DataPosition) -> None:
+        """Copy `state` off the devices and return; the files are written meanwhile. Raises if the last save failed."""
+        self.wait()
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_named(state)), data=ocp.args.JsonSave(vars(data))
+            ),
+        )
+        self._writing = step
+
+    def poll(self) -> None:
+        """Call every step: raises what a background save raised, and checksums one that has committed."""
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self._committed()
+
+    def wait(self) -> None:
+        """Block until the last save is on disk."""
+        if self._writing is not None:
+            self._manager.wait_until_finished()
+            self._committed()
+        if self._checksummer is not None:
+            self._checksummer.join()
+            self._checksummer = None
+
+    def score(self, step: int, value: float) -> None:
+        """Note the evaluation metric of `step` for keep_best."""
+        self.scores[step] = self._sign * value
+        if jax.process_index() == 0:
+            write_atomically(self._scores_file, json.dumps(self.scores))
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, DataPosition]:
+        """The state of `step`, laid out as `abstract`, whatever mesh it was saved on."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(_named(abstract)), data=ocp.args.JsonRestore()
+            ),
+        )
+        structure = jax.tree.structure(abstract)
+        leaves = [restored.state[name] for name in _named(abstract)]
+        return jax.tree.unflatten(structure, leaves), DataPosition(**restored.data)
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _committed(self) -> None:
+        self._manager.check_for_errors()
+        step, self._writing = self._writing, None
+        if jax.process_index() == 0:
+            self._checksummer = threading.Thread(
+                target=_write_checksums, args=(self._directory / str(step),), name="checksums"
+            )
+            self._checksummer.start()
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """Every leaf by its dotted path, in the order of jax.tree.leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _files(step: Path) -> list[Path]:
+    return sorted(p for p in step.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+
+
+def _crc32c(path: Path) -> int:
+    """Castagnoli CRC (RFC 3720, appendix B.4) of a whole file."""
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as f:
+        for _ in checksum.consume(f, 1 << 20):
+            pass
+    return int.from_bytes(checksum.digest(), "big")
+
+
+def _write_checksums(step: Path) -> None:
+    try:
+        sums = {str(p.relative_to(step)): _crc32c(p) for p in _files(step)}
+        write_atomically(step / CHECKSUMS, json.dumps(sums))
+    except FileNotFoundError:
+        pass  # a newer save has deleted this checkpoint meanwhile
+
+
+def _damage(step: Path) -> str | None:
+    """What is wrong with a committed checkpoint, or None. One killed before its checksums is taken as it is."""
+    try:
+        expected = json.loads((step / CHECKSUMS).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return f"{CHECKSUMS} cannot be read"
+    for name, crc in expected.items():
+        if not (step / name).is_file():
+            return f"{name} is missing"
+        if _crc32c(step / name) != crc:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _set_damaged_aside(directory: Path) -> None:
+    """Rename the newest checkpoints until one is whole. Older ones are checked when their turn comes."""
+    steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
+    for step in steps:
+        damage = _damage(directory / str(step))
+        if damage is None:
+            return
+        aside = directory / f"{step}.damaged"
+        _log.warning(
+            "checkpoint %d is damaged (%s): set aside as %s, falling back to the one before",
+            step, damage, aside,
+        )  # fmt: skip
+        shutil.rmtree(aside, ignore_errors=True)
+        (directory / str(step)).rename(aside)
+
+
+def _read_scores(path: Path) -> dict[int, float]:
+    try:
+        return {int(k): v for k, v in json.loads(path.read_text()).items() if math.isfinite(v)}
+    except FileNotFoundError:
+        return {}

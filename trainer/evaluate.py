@@ -1,0 +1,68 @@
+"""Evaluation: every held-out example counted exactly once, whatever the batch and the devices."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from trainer.metrics import local_rows
+from trainer.step import Batch, EvalSums
+
+IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    metrics: dict[str, float]
+    """eval/accuracy, eval/loss and eval/count."""
+    mistakes: np.ndarray
+    """(n, height, width, 3) uint8: wrongly classified images among this process's rows."""
+    captions: list[str]
+    """`label→prediction` for each mistake."""
+
+
+def evaluate(
+    step: Callable[[list[jax.Array], Batch, jax.Array], tuple[jax.Array, jax.Array]],
+    leaves: list[jax.Array],
+    batches: Iterator[Batch],
+    requests: Callable[[], jax.Array],
+    *,
+    num_mistakes: int,
+) -> Evaluation | None:
+    """Run `step` over `batches`; None if the processes agreed to stop on the way."""
+    in_flight: list[tuple[Batch, jax.Array, jax.Array]] = []
+    totals = np.zeros(len(EvalSums._fields))
+    mistakes: list[tuple[np.ndarray, str]] = []
+
+    def collect() -> bool:
+        batch, sums, predictions = in_flight.pop(0)
+        totals[:] += np.asarray(sums, np.float64)
+        if len(mistakes) < num_mistakes:
+            mistakes.extend(_mistakes(batch, predictions))
+        return EvalSums(*totals).stop > 0
+
+    for batch in batches:
+        in_flight.append((batch, *step(leaves, batch, requests())))
+        if len(in_flight) > IN_FLIGHT and collect():
+            return None
+    while in_flight:
+        if collect():
+            return None
+    sums = EvalSums(*totals)
+    shown = mistakes[:num_mistakes]
+    return Evaluation(
+        metrics={
+            "eval/accuracy": float(sums.correct / sums.examples),
+            "eval/loss": float(sums.loss / sums.examples),
+            "eval/count": int(sums.examples),
+        },
+        mistakes=np.array([image for image, _ in shown]),
+        captions=[caption for _, caption in shown],
+    )
+
+
+def _mistakes(batch: Batch, predictions: jax.Array) -> Iterator[tuple[np.ndarray, str]]:
+    images, labels, predicted = (local_rows(x) for x in (batch.images, batch.labels, predictions))
+    for i in np.flatnonzero((labels >= 0) & (labels != predicted)):
+        yield images[i], f"{labels[i]}→{predicted[i]}"

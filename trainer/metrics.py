@@ -1,0 +1,135 @@
+"""What a run tells the outside: TensorBoard events, and the figures behind the progress line."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tensorboardX import SummaryWriter
+
+from trainer.step import StepMetrics
+from trainer.upload import Uploader
+
+TILE = 64
+
+
+class Stopwatch:
+    """Wall seconds by activity. What is in no `span` is compute: the device is what the loop waits for."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def span(self, activity: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] += time.perf_counter() - begun
+
+
+class Interval:
+    """Train metrics since the last log entry. Its clock stops in evaluation, which is no training time."""
+
+    def __init__(self, batch_size: int, stopwatch: Stopwatch):
+        self._batch_size = batch_size
+        self._stopwatch = stopwatch
+        self.reset()
+
+    def reset(self) -> None:
+        self._steps: list[StepMetrics] = []
+        self._begun = time.perf_counter()
+        self._before = dict(self._stopwatch.seconds)
+
+    def add(self, step: StepMetrics) -> None:
+        self._steps.append(step)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def summary(self) -> dict[str, float]:
+        """Means over the interval, images a second, and seconds a step by activity."""
+        n = len(self._steps)
+        spent = {
+            activity: seconds - self._before.get(activity, 0.0)
+            for activity, seconds in self._stopwatch.seconds.items()
+        }
+        elapsed = time.perf_counter() - self._begun - spent.get("evaluation", 0.0)
+        data_wait = spent.get("data_wait", 0.0)
+        checkpoint = spent.get("checkpoint", 0.0)
+        return {
+            "train/loss": float(np.mean([s.loss for s in self._steps])),
+            "train/accuracy": float(np.mean([s.accuracy for s in self._steps])),
+            "train/grad_norm": float(np.mean([s.grad_norm for s in self._steps])),
+            "train/learning_rate": self._steps[-1].learning_rate,
+            "speed/images_per_second": n * self._batch_size / elapsed,
+            "speed/data_wait_share": data_wait / elapsed,
+            "step_seconds/total": elapsed / n,
+            "step_seconds/data_wait": data_wait / n,
+            "step_seconds/checkpoint_stall": checkpoint / n,
+            "step_seconds/compute": (elapsed - data_wait - checkpoint) / n,
+        }
+
+
+class TensorBoard:
+    """Event files in a folder or under gs://; on process 0 alone, elsewhere nothing happens."""
+
+    def __init__(self, logdir: str, *, active: bool):
+        self._writer: SummaryWriter | None = None
+        self._uploader: Uploader | None = None
+        if not active:
+            return
+        if logdir.startswith("gs://"):
+            self._uploader = Uploader(logdir)
+            logdir = str(self._uploader.folder)
+        self._writer = SummaryWriter(logdir, flush_secs=5)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items() if self._writer else ():
+            self._writer.add_scalar(name, value, step)  # type: ignore[union-attr]
+
+    def hyperparameters(self, text: str) -> None:
+        """The run's config, as YAML."""
+        if self._writer:
+            self._writer.add_text("config", "```yaml\n" + text + "\n```", 0)
+
+    def images(self, step: int, name: str, images: np.ndarray, captions: Sequence[str]) -> None:
+        """A grid of images (n, height, width, 3) uint8 with a caption below each."""
+        if self._writer and len(images):
+            self._writer.add_image(name, captioned_grid(images, captions), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+        if self._uploader:
+            self._uploader.close()
+
+
+def captioned_grid(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """(n, height, width, 3) uint8 to one (rows × tile, columns × tile, 3) picture, tiles of at least 64 px."""
+    columns = int(np.ceil(np.sqrt(len(images))))
+    tile, text = max(TILE, images.shape[1]), 12
+    num_rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * tile, num_rows * (tile + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * tile, i // columns * (tile + text)
+        scaled = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
+        sheet.paste(scaled, (x, y))
+        draw.text((x + 2, y + tile), caption, fill="black")
+    return np.asarray(sheet)
+
+
+def local_rows(array: Any) -> np.ndarray:
+    """The rows of a batch-sharded array that this process holds, in order, each once."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def logdir(directory: Path, configured: str | None) -> str:
+    """Where event files go: the configured place, or tensorboard/ in the run directory."""
+    return configured or str(directory / "tensorboard")

@@ -1,0 +1,151 @@
+"""TrainState: all that a step reads and writes, and all that a checkpoint holds.
+
+Weights are flat dicts from a dotted name ("stages.0.1.convs.0.kernel") to an array, so checkpoints
+do not depend on how a network nests its modules.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+import models
+from configs.schema import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from trainer.mesh import weight_sharding
+
+Weights = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    step: jax.Array
+    """Steps taken, int32 scalar."""
+    key: jax.Array
+    """Root of all randomness, uint32 (2,); a step folds its number in."""
+    params: Weights
+    """Trainable weights, float32."""
+    batch_stats: Weights
+    """Running mean and variance of each batch norm, float32."""
+    opt_state: optax.OptState
+    ema: Weights | None
+    """Moving average of params and batch_stats together, or None where it is not asked for."""
+
+    def evaluated(self) -> Weights:
+        """The weights that evaluation uses: the moving average where there is one."""
+        return self.ema if self.ema is not None else {**self.params, **self.batch_stats}
+
+
+class Network:
+    """A model of models/ as two pure functions over flat weights."""
+
+    def __init__(self, config: ModelConfig):
+        self._config = config
+        model = nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0)))
+        self._graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        self._structures = [jax.tree.structure(params), jax.tree.structure(batch_stats)]
+        self._names = [list(_named(params)), list(_named(batch_stats))]
+
+    def init(self, key: jax.Array) -> tuple[Weights, Weights]:
+        """Fresh (params, batch_stats)."""
+        model = models.build(self._config, nnx.Rngs(key))
+        _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        return _named(params), _named(batch_stats)
+
+    def apply(self, weights: Weights, images: jax.Array, *, train: bool) -> tuple[jax.Array, Weights]:
+        """Logits (batch, num_classes) float32 of images (batch, height, width, 3), and new batch_stats."""
+        states = [
+            jax.tree.unflatten(structure, [weights[name] for name in names])
+            for structure, names in zip(self._structures, self._names, strict=True)
+        ]
+        # copy: the statistics are written inside value_and_grad, at another trace level than they came from.
+        model = nnx.merge(self._graph, *states, copy=True)
+        logits = model(images, train=train)
+        return logits, _named(nnx.state(model, nnx.BatchStat))
+
+
+def _named(state: nnx.State) -> Weights:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
+        for path, leaf in leaves
+    }
+
+
+def make_schedule(
+    schedule: ScheduleConfig, peak: float, *, steps: int, steps_per_epoch: float
+) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then cosine, linear or constant to `steps`."""
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    final = peak * schedule.final_fraction
+    rest = max(steps - warmup, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=schedule.final_fraction),
+        "linear": optax.linear_schedule(peak, final, rest),
+        "constant": optax.constant_schedule(peak),
+    }[schedule.name]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, clip_norm: float | None
+) -> optax.GradientTransformation:
+    """SGD or AdamW; weight decay on kernels only, never on batch norm or biases."""
+
+    def kernels(params: Weights) -> dict[str, bool]:
+        return {name: p.ndim > 1 for name, p in params.items()}
+
+    chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    if config.name == "sgd":
+        chain += [
+            optax.add_decayed_weights(config.weight_decay, kernels),
+            optax.sgd(schedule, config.momentum or None, config.nesterov),
+        ]
+    else:
+        chain += [
+            optax.adamw(
+                schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=kernels
+            )
+        ]
+    return optax.chain(*chain)
+
+
+def abstract_state(
+    config: RunConfig, network: Network, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shape, dtype and sharding on `mesh` of every leaf of a train state."""
+    shapes = jax.eval_shape(lambda: _fresh(config, network, optimizer))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_sharding(mesh, leaf)),
+        shapes,
+    )
+
+
+def init_state(
+    config: RunConfig, network: Network, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """A fresh train state, each device making only its own shards."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: _fresh(config, network, optimizer), out_shardings=shardings)()
+
+
+def _fresh(config: RunConfig, network: Network, optimizer: optax.GradientTransformation) -> TrainState:
+    key = jax.random.key(config.train.seed)
+    params, batch_stats = network.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(key),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        # + 0: the average must not share buffers with weights that are donated.
+        ema=None if config.train.ema_decay is None else jax.tree.map(_copy, {**params, **batch_stats}),
+    )
+
+
+def _copy(x: Any) -> Any:
+    return x + 0
