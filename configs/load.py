@@ -18,12 +18,22 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 
 Loc = tuple[str, ...]
+# A tag on what it does not fit (`!!int x`) is a ValueError; nesting without end, as in `a: &x [*x]`, the last.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number, as YAML 1.2 and every user do."""
+    """SafeLoader that reads numbers as YAML 1.2 and every user do: `1e-4` is one, `0100`, `1:30` and dates are not."""
 
 
+_REPLACED = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -63,22 +73,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Loc, str], list[str]]:
         raise UserError(f"{path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read: {e.strerror if isinstance(e, OSError) else e}") from None
+    where: dict[Loc, str] = {}
+    problems: list[str] = []
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
+        _locate(root, (), path, where, problems)
         values = loader.construct_document(root) if root is not None else {}
-    except yaml.YAMLError as e:
+    except _YAML_ERRORS as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(e, "problem", None) or str(e)
+        reason = getattr(e, "problem", None) or str(e).splitlines()[0]
         raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{path}:1: a recipe is a mapping of sections (model:, data:, …), got a {_kind(values)}"
         )
-    where: dict[Loc, str] = {}
-    problems: list[str] = []
-    _locate(root, (), path, where, problems)
     return values, where, problems
 
 
@@ -103,7 +113,7 @@ def _apply(override: str, values: dict[str, Any], where: dict[Loc, str]) -> list
         return [f"{override!r}: an override is section.key=value, such as train.batch_size=512"]
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
+    except _YAML_ERRORS:
         value = text
     section: Any = values
     for name in loc[:-1]:
@@ -121,16 +131,20 @@ def _apply(override: str, values: dict[str, Any], where: dict[Loc, str]) -> list
 def _explain(error: ErrorDetails, path: Path, where: dict[Loc, str]) -> list[str]:
     """One pydantic error in the words of the user's file."""
     # A union adds its member's tag to the location, and tuples their index: keep the user's keys.
-    loc = tuple(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "constrained")))
+    loc = tuple(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "constrained-")))
     model, known = _model_at(loc)
     while loc and loc not in where and not known:
         loc = loc[:-1]
         model, known = _model_at(loc)
     line = next((where[loc[:i]] for i in range(len(loc), 0, -1) if loc[:i] in where), str(path))
-    if error["type"] == "value_error" and not loc:  # RunConfig._sections_agree
+    if error["type"] == "value_error":  # a validator of ours, whose lines begin with their keys
         text = error["msg"].removeprefix("Value error, ")
         return [f"{_line_of(problem, where, path)}: {problem}" for problem in text.split("\n")]
+    if error["type"] == "invalid_key":
+        return [f"{line}: {_show(error['input'])} cannot be a key; keys are names, such as batch_size"]
     key = ".".join(loc)
+    if error["type"] == "missing" and issubclass(_section(model, loc[-1]), BaseModel):
+        return [f"{line}: {key} is missing; a recipe needs this section"]
     if error["type"] == "extra_forbidden":
         valid = list(model.model_fields)
         hint = nearest(loc[-1], valid)
@@ -159,6 +173,11 @@ def _model_at(loc: Loc) -> tuple[type[BaseModel], bool]:
     return model, False
 
 
+def _section(model: type[BaseModel], name: str) -> type:
+    field = model.model_fields.get(name)
+    return field.annotation if field and isinstance(field.annotation, type) else type(None)
+
+
 def _allowed(error: ErrorDetails, loc: Loc) -> str:
     """What the field takes instead."""
     kind, context = error["type"], error.get("ctx", {})
@@ -178,6 +197,7 @@ def _allowed(error: ErrorDetails, loc: Loc) -> str:
         "greater_than": f"must be above {context.get('gt')}",
         "less_than": f"must be below {context.get('lt')}",
         "less_than_equal": f"must be at most {context.get('le')}",
+        "finite_number": "must be a finite number",
         "int_type": "must be a whole number",
         "int_from_float": "must be a whole number",
         "float_type": "must be a number",

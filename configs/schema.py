@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from configs.architectures import ARCHITECTURES
 
 Positive = Annotated[int, Field(ge=1)]
+Many = Annotated[int, Field(ge=1, le=10**12)]  # what floats still count exactly
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -62,8 +63,19 @@ class SplitConfig(Section):
 
     path: str | None = None
     """Folder or gs:// prefix of the records."""
-    num_examples: Positive | None = None
+    num_examples: Many | None = None
     """Number of examples; required for `records` and `synthetic`, known for `digits`."""
+
+
+class Dataset(Section):
+    """What is known of a built-in dataset without opening it."""
+
+    num_train: int
+    num_eval: int
+    num_classes: int
+
+
+DATASETS = {"digits": Dataset(num_train=1437, num_eval=360, num_classes=10)}
 
 
 class DataConfig(Section):
@@ -89,15 +101,38 @@ class DataConfig(Section):
     prefetch_batches: Positive = 2
     """Batches per process kept ready on the host, and again on the devices."""
 
+    @model_validator(mode="after")
+    def _source_is_told_all_it_needs(self) -> Self:
+        problems = []
+        known = DATASETS.get(self.source)
+        for split, given in (("train", self.train), ("eval", self.eval)):
+            if known and given != SplitConfig():
+                problems.append(f"data.{split} is fixed for data.source = {self.source}; remove it")
+            if not known and given.num_examples is None:
+                problems.append(f"data.{split}.num_examples is missing; data.source = {self.source} needs it")
+            if self.source == "records" and given.path is None:
+                problems.append(
+                    f"data.{split}.path is missing; data.source = records needs a folder or gs://…"
+                )
+        if self.source == "digits" and self.image_size % 8:
+            problems.append(
+                f"data.image_size = {self.image_size} must be a multiple of 8 for data.source = digits"
+            )
+        if min(self.std) <= 0:
+            problems.append(f"data.std = {list(self.std)} must be above 0 in each channel")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
 
 class TrainConfig(Section):
     """The length and the arithmetic of training."""
 
-    batch_size: Positive = 256
+    batch_size: Many = 256
     """Global batch: images per step over all devices."""
-    epochs: PositiveFloat = 90.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 90.0
     """Passes over the training split."""
-    steps: Positive | None = None
+    steps: Many | None = None
     """Stop after this many steps instead of after `epochs`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, sample order and augmentation."""
@@ -132,6 +167,12 @@ class OptimizerConfig(Section):
     """AdamW only."""
     eps: PositiveFloat = 1e-8
     """AdamW only."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov = true needs momentum; set optimizer.momentum above 0")
+        return self
 
 
 class ScheduleConfig(Section):
@@ -176,7 +217,7 @@ class RunConfig(Section):
 
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -184,24 +225,14 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
-        problems = [*_data_problems(self.data, self.model)]
-        if self.optimizer.nesterov and self.optimizer.name == "sgd" and not self.optimizer.momentum:
-            problems.append("optimizer.nesterov = true needs momentum; set optimizer.momentum above 0")
-        if problems:
-            raise ValueError("\n".join(problems))
+    def _classes_suffice(self) -> Self:
+        known = DATASETS.get(self.data.source)
+        if known and self.model.num_classes < known.num_classes:
+            raise ValueError(
+                f"model.num_classes = {self.model.num_classes} is too small: "
+                f"data.source = {self.data.source} has {known.num_classes} classes"
+            )
         return self
-
-
-class Dataset(Section):
-    """What is known of a built-in dataset without opening it."""
-
-    num_train: int
-    num_eval: int
-    num_classes: int
-
-
-DATASETS = {"digits": Dataset(num_train=1437, num_eval=360, num_classes=10)}
 
 
 def num_examples(data: DataConfig) -> tuple[int, int]:
@@ -210,34 +241,9 @@ def num_examples(data: DataConfig) -> tuple[int, int]:
     if known:
         return known.num_train, known.num_eval
     num_train, num_eval = data.train.num_examples, data.eval.num_examples
-    assert num_train is not None  # _data_problems saw to both
+    assert num_train is not None  # DataConfig saw to both
     assert num_eval is not None
     return num_train, num_eval
-
-
-def _data_problems(data: DataConfig, model: ModelConfig) -> list[str]:
-    problems = []
-    known = DATASETS.get(data.source)
-    for split in ("train", "eval"):
-        given: SplitConfig = getattr(data, split)
-        if known and (given.path is not None or given.num_examples is not None):
-            problems.append(f"data.{split} is fixed for data.source = {data.source}; remove it")
-        if not known and given.num_examples is None:
-            problems.append(f"data.{split}.num_examples is missing; data.source = {data.source} needs it")
-        if data.source == "records" and given.path is None:
-            problems.append(f"data.{split}.path is missing; data.source = records needs a folder or gs://…")
-    if known and model.num_classes < known.num_classes:
-        problems.append(
-            f"model.num_classes = {model.num_classes} is too small: "
-            f"data.source = {data.source} has {known.num_classes} classes"
-        )
-    if data.source == "digits" and data.image_size % 8:
-        problems.append(
-            f"data.image_size = {data.image_size} must be a multiple of 8 for data.source = digits"
-        )
-    if min(data.std) <= 0:
-        problems.append(f"data.std = {list(data.std)} must be above 0 in each channel")
-    return problems
 
 
 def json_schema() -> dict[str, Any]:

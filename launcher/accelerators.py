@@ -12,7 +12,12 @@ def num_nvidia_gpus(dev: Path = Path("/dev")) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
-    return min(present, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+    count = 0
+    for device in map(str.strip, visible.split(",")):
+        if not (device.startswith(("GPU-", "MIG-")) or (device.isdecimal() and int(device) < present)):
+            break  # as CUDA: an id that is none hides itself and all behind it
+        count += 1
+    return count
 
 
 def has_cuda_plugin() -> bool:

@@ -33,16 +33,38 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
-            args = ["run", *args]
+            with _told():
+                # Here already: the options of a mistyped command are not those of `run`.
+                if not args[0].startswith("-"):
+                    _check_is_recipe(args[0])
+                args = ["run", *args]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _told():
             return super().invoke(ctx)
-        except UserError as e:
-            for line in str(e).splitlines():
-                click.echo(f"error: {line}", err=True)
-            ctx.exit(2)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except UserError as e:
+        for line in str(e).splitlines():
+            click.echo(f"error: {line}", err=True)
+        raise click.exceptions.Exit(2) from None
+
+
+def _check_is_recipe(word: str) -> None:
+    if Path(word).suffix in (".yaml", ".yml") or os.path.exists(word):
+        return
+    if word in main.commands:
+        raise UserError(f"{word}: a command comes first, and its options behind it: launch {word} …")
+    from configs.load import nearest
+
+    recipe = Path("configs") / f"{word}.yaml"
+    hint = f'; did you mean "{recipe}"?' if recipe.exists() else nearest(word, list(main.commands))
+    raise UserError(f"{word}: neither a command nor a recipe file{hint} (see `launch --help`)")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
@@ -70,6 +92,8 @@ def _root(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _local_root(ctx: click.Context, param: click.Parameter, value: str) -> Path:
+    if not value:
+        raise UserError("--root '' is empty; give a folder")
     if "://" in value:
         raise UserError(
             f"--root {value}: a run directory is a local folder; "
@@ -124,23 +148,20 @@ def run(
         click.echo(f"changed     {change}")
     if changes and not yes and sys.stdin.isatty():
         click.confirm("Go on with this run?", default=True, abort=True)
-    directory.create(plan)
     with directory.locked(), _signals(Wishes()) as wishes, _Progress(plan) as progress:
+        directory.create(plan)
         steps = directory.checkpoint_steps()
         if steps:
             progress.line(f"resuming from step {steps[-1]}")
-        try:
-            result = supervise(
-                plan,
-                directory,
-                backend,
-                max_restarts=max_restarts,
-                wishes=wishes,
-                watch=progress.watch,
-                announce=progress.line,
-            )
-        except OSError as e:
-            raise UserError(f"run directory {directory.path} cannot be written: {e.strerror}") from None
+        result = supervise(
+            plan,
+            directory,
+            backend,
+            max_restarts=max_restarts,
+            wishes=wishes,
+            watch=progress.watch,
+            announce=progress.line,
+        )
     _print_result(plan, directory, result)
     failure = result["failure"]
     user_error = failure is not None and failure["cause"] == "exit code 2"
@@ -219,7 +240,7 @@ def logs(name: str | None, follow: bool, host: int | None, root: Path) -> None:
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the save.")
 @_root
 def stop(name: str | None, timeout: float, root: Path) -> None:
-    """Have a run save and end; the same `launch` goes on with it later."""
+    """Have a run save and end."""
     run_directory = _find(root, name)
     if not run_directory.is_running():
         click.echo(f"run {run_directory.name} is not running ({_state(run_directory)})")
@@ -260,8 +281,13 @@ def clusters() -> None:
 
     for kind, meaning in KINDS.items():
         click.echo(f"{kind:<12} {meaning}")
-    spec = default()
-    click.echo(f"default      {spec.name}: {spec.processes} × {spec.devices_per_process} {spec.platform}")
+    try:
+        spec = default()
+        click.echo(
+            f"{'default':<12} {spec.name}: {spec.processes} × {spec.devices_per_process} {spec.platform}"
+        )
+    except UserError as e:
+        click.echo(f"{'default':<12} none: {e}")
 
 
 @main.command()
@@ -269,21 +295,25 @@ def clusters() -> None:
 @_root
 def tensorboard(name: str | None, root: Path) -> None:
     """Open TensorBoard on one run, or on all of --root."""
-    logdir = str(root) if name is None else _logdir(_find(root, name))
+    run_directory = _find(root, name)
+    logdir = str(root) if name is None else _logdir(run_directory)
     os.execvp(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])
 
 
 @main.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
 def schema(file: Path | None) -> None:
-    """JSON schema of a recipe, to FILE or standard output; editors complete YAML from it."""
+    """JSON schema of recipes, for editors."""
     from configs.schema import json_schema
 
     text = json.dumps(json_schema(), indent=2) + "\n"
     if file is None:
         click.echo(text, nl=False)
     else:
-        file.write_text(text, encoding="utf-8")
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as e:
+            raise UserError(f"{file} cannot be written: {e.strerror}") from None
 
 
 # From arguments to a plan
@@ -292,21 +322,21 @@ def schema(file: Path | None) -> None:
 def _plan(
     config: str, overrides: tuple[str, ...], cluster: str | None, name: str | None, root: Path
 ) -> "Plan":
-    from configs.load import load, nearest
+    from configs.load import load
     from launcher import clusters
     from launcher.plan import make_plan
     from launcher.rundir import check_name
 
     path = Path(config)
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
-        hint = nearest(config, list(main.commands))
-        raise UserError(f"{config}: neither a command nor a recipe file{hint} (see `launch --help`)")
+    _check_is_recipe(config)
     loaded = load(path, overrides)
     spec = clusters.resolve(cluster) if cluster is not None else clusters.default()
     return make_plan(
         loaded,
         spec,
-        name=check_name(path.stem if name is None else name),
+        name=check_name(path.stem, "the recipe's file name; give another with --name")
+        if name is None
+        else check_name(name),
         root=root,
         config_file=path,
         provenance=_provenance(),
@@ -353,7 +383,7 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
     path = directory.path
     old = directory.plan()
     if old is None:
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --name or --root")
         return []
     changed = differences(old, plan)
@@ -409,7 +439,7 @@ def _print_plan(plan: "Plan") -> None:
         f"{plan.devices_per_process} {plan.platform} = {plan.devices} devices",
         "mesh": f"batch {mesh['batch']} × model {mesh['model']}",
         "batch": f"{plan.global_batch} global, {plan.per_device_batch} per device",
-        "steps": f"{plan.steps} ({plan.epochs:.4g} epochs of {plan.steps_per_epoch:.4g})",
+        "steps": f"{plan.steps} ({plan.epochs:.4g} epochs of {plan.steps_per_epoch:.4g} steps)",
         "model": f"{model['name']}, {plan.parameters:,} parameters, {model['dtype']}",
         "directory": plan.run_directory,
     }
@@ -440,7 +470,8 @@ def _print_result(plan: "Plan", directory: "RunDirectory", result: dict[str, Any
         click.echo(f"{'checkpoints':<12}{directory.path / 'checkpoints'} (newest: step {steps[-1]})")
     click.echo(f"{'look':<12}tensorboard --logdir {shlex.quote(_logdir(directory))}")
     if result["status"] != "completed":
-        click.echo(f"{'resume':<12}{shlex.join(['launch', *sys.argv[1:]])}")
+        mend = "mend it, then " if result["failure"] and not result["failure"]["retryable"] else ""
+        click.echo(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
 
 
 def _logdir(directory: "RunDirectory") -> str:

@@ -39,7 +39,7 @@ def resolve(name: str) -> ClusterSpec:
     """The cluster called `name`. Raises UserError, with the nearest valid name."""
     if name == "local":
         return _this_machine()
-    match = re.fullmatch(r"local-(\d+)(?:x(\d+))?", name)
+    match = re.fullmatch(r"local-([0-9]{1,9})(?:x([0-9]{1,9}))?", name)
     if not match:
         known = [*KINDS, "local-2", "local-4", WITHOUT_ACCELERATOR]
         raise UserError(f"cluster = {name}: unknown{nearest(name, known)} (there are: {', '.join(KINDS)})")

@@ -48,6 +48,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
+        """Raises ValueError or TypeError where `text` is no plan of this version."""
         return cls(**json.loads(text))
 
     def run_config(self) -> RunConfig:
@@ -74,7 +75,8 @@ def make_plan(
         problems.append(
             f"train.batch_size = {batch} is more than the {num_train} training examples; lower it"
         )
-    if config.schedule.warmup_epochs >= epochs and config.schedule.warmup_epochs:
+    # The trainer rounds the warm-up to whole steps.
+    if round(config.schedule.warmup_epochs * num_train / batch) >= steps:
         problems.append(
             f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g} is not below the run's "
             f"{epochs:.3g} epochs ({steps} steps); shorten it or train longer"

@@ -11,10 +11,11 @@ import fcntl
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from configs.errors import UserError
 from configs.files import write_atomically
@@ -23,12 +24,12 @@ from launcher.plan import Plan
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, origin: str = "") -> str:
     """`name` if it can be a run's: it becomes a folder, an object prefix and part of job names."""
     if not NAME.fullmatch(name):
         raise UserError(
             f"--name {name!r}: a run name has 1 to 63 letters, digits, dots, dashes and underscores, "
-            f"and begins with a letter or digit"
+            f"and begins with a letter or digit" + (f" (this is {origin})" if origin else "")
         )
     return name
 
@@ -44,14 +45,25 @@ class RunDirectory:
     # Plan
 
     def plan(self) -> Plan | None:
-        text = _read(self.path / "plan.json")
-        return Plan.from_json(text) if text else None
+        path = self.path / "plan.json"
+        text = _read(path)
+        try:
+            return Plan.from_json(text) if text else None
+        except (ValueError, TypeError) as e:
+            raise UserError(
+                f"{path} is not a plan of this podlaunch ({e}); choose another --name or --root"
+            ) from None
 
     def create(self, plan: Plan) -> None:
         """Make the folder and write the plan. Raises UserError where it cannot be written."""
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "plan.json", plan.to_json())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as e:
             raise UserError(
                 f"run directory {self.path} cannot be written: {e.strerror}; choose another place with --root"
@@ -59,15 +71,16 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this launcher; the lock goes with the process, however it ends."""
-        with (self.path / ".lock").open("w") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        """Hold the run for this launcher, before anything of it is written; the lock goes with the process."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            f = (self.path / ".lock").open("w")
+        with f:
+            if not _flock(f):
                 raise UserError(
                     f"run {self.name} is running already; see `launch status {self.name}`, end it with "
                     f"`launch stop {self.name}`, or begin another with --name"
-                ) from None
+                )
             yield
 
     def is_running(self) -> bool:
@@ -84,11 +97,17 @@ class RunDirectory:
     # Attempts and result
 
     def attempts(self) -> list[dict[str, Any]]:
-        lines = (_read(self.path / "attempts.jsonl") or "").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a crash may cut the last
+        attempts = []
+        for line in (_read(self.path / "attempts.jsonl") or "").split("\n"):
+            with suppress(json.JSONDecodeError):  # a crash may have cut it
+                attempts.append(json.loads(line))
+        return attempts
 
     def add_attempt(self, attempt: dict[str, Any]) -> None:
-        with (self.path / "attempts.jsonl").open("a", encoding="utf-8") as f:
+        written = _read(self.path / "attempts.jsonl") or ""
+        with self._writing(), (self.path / "attempts.jsonl").open("a", encoding="utf-8") as f:
+            if written and not written.endswith("\n"):
+                f.write("\n")  # behind a line that a crash has cut
             f.write(json.dumps(attempt, ensure_ascii=False) + "\n")
 
     def result(self) -> dict[str, Any] | None:
@@ -96,18 +115,19 @@ class RunDirectory:
         return json.loads(text) if text else None
 
     def write_result(self, result: dict[str, Any]) -> None:
-        write_atomically(self.path / "result.json", json.dumps(result, indent=2, ensure_ascii=False))
+        with self._writing():
+            write_atomically(self.path / "result.json", json.dumps(result, indent=2, ensure_ascii=False))
 
     # The word of the hosts
 
     def begin_attempt(self) -> int:
         """Number of the next attempt; its logs folder is made, words of the one before are cleared."""
-        (self.path / "result.json").unlink(missing_ok=True)
-        self.clear_stop()
-        shutil.rmtree(self.path / "hosts", ignore_errors=True)
-        (self.path / "hosts").mkdir()
         number = self.last_attempt() + 1
-        self.logs(number).mkdir(parents=True)
+        with self._writing():
+            (self.path / "result.json").unlink(missing_ok=True)
+            shutil.rmtree(self.path / "hosts", ignore_errors=True)
+            (self.path / "hosts").mkdir()
+            self.logs(number).mkdir(parents=True)
         return number
 
     def last_attempt(self) -> int:
@@ -153,8 +173,18 @@ def runs(root: Path) -> list[RunDirectory]:
     return [RunDirectory(p.parent) for p in plans]
 
 
+def _flock(file: IO[str]) -> bool:
+    """Take the lock. Some tries: `launch list` holds it, too, for the instant in which it looks."""
+    for _ in range(5):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

@@ -49,7 +49,7 @@ class Wishes:
     """Ctrl-C again: do not wait for the save."""
 
     def interrupted(self, signum: int, frame: Any) -> None:
-        self.now = self.stop is not None and signum == signal.SIGINT
+        self.now = self.now or (self.stop is not None and signum == signal.SIGINT)
         self.stop = self.stop or ("stopped" if signum == signal.SIGINT else "preempted")
 
 
@@ -65,14 +65,15 @@ def supervise(
     begun = time.time()
     restarts = 0
     _account_for_lost(run)
+    run.clear_stop()  # here alone: one that comes between two attempts counts
     while True:
         number = run.begin_attempt()
         started = time.time()
         from_step = (run.checkpoint_steps() or [0])[-1]
         verdict, failure = _attempt(plan, run, backend.start(plan, run, number), number, wishes, watch)
-        attempt = _ledger_line(run, number, started, from_step, verdict, failure)
+        attempt = _ledger_line(run, number, started, time.time(), from_step, verdict, failure)
         run.add_attempt(attempt | {"cluster": plan.cluster, "mesh": plan.mesh})
-        if failure is None or not failure.retryable or restarts >= max_restarts:
+        if failure is None or wishes.stop or not failure.retryable or restarts >= max_restarts:
             break
         restarts += 1
         announce(
@@ -133,12 +134,17 @@ def _failure(run: RunDirectory, number: int, ended: Exit) -> Failure:
     return Failure(
         process=ended.process,
         host=report.get("host", socket.gethostname()),
-        cause=f"exit code {code}" if code >= 0 else signal.Signals(-code).name,
+        cause=f"exit code {code}" if code >= 0 else _signal_name(-code),
         error=told.get("error") or (lines[-1] if lines else "its log is empty"),
         step=report.get("step"),
         lines=lines[-TAIL_LINES:],
         retryable=code != EXIT_USER_ERROR and told.get("retryable", True),
     )
+
+
+def _signal_name(number: int) -> str:
+    # Real-time signals have no name each.
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _tail(run: RunDirectory, attempt: int, process: int) -> list[str]:
@@ -147,7 +153,13 @@ def _tail(run: RunDirectory, attempt: int, process: int) -> list[str]:
 
 
 def _ledger_line(
-    run: RunDirectory, number: int, started: float, from_step: int, verdict: str, failure: Failure | None
+    run: RunDirectory,
+    number: int,
+    started: float,
+    ended: float,
+    from_step: int,
+    verdict: str,
+    failure: Failure | None,
 ) -> dict[str, Any]:
     report = run.report(0)
     reached = report.get("step", from_step)
@@ -155,8 +167,8 @@ def _ledger_line(
     return {
         "attempt": number,
         "started": _iso(started),
-        "ended": _iso(time.time()),
-        "wall_seconds": round(time.time() - started, 3),
+        "ended": _iso(ended),
+        "wall_seconds": round(ended - started, 3),
         "verdict": verdict,
         "hosts": sorted({run.report(p).get("host", "") for p in range(report.get("processes", 1))} - {""}),
         "from_step": from_step,
@@ -176,7 +188,8 @@ def _account_for_lost(run: RunDirectory) -> None:
         return
     before = known[-1]["kept_step"] if known else 0
     started = run.logs(number).stat().st_mtime
-    run.add_attempt(_ledger_line(run, number, started, before, "launcher lost", None))
+    ended = max(started, run.report(0).get("time", started))
+    run.add_attempt(_ledger_line(run, number, started, ended, before, "launcher lost", None))
 
 
 def _result(run: RunDirectory, verdict: str, failure: Failure | None, wall_seconds: float) -> dict[str, Any]:

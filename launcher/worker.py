@@ -51,7 +51,15 @@ def membership() -> Membership:
         raise UserError(
             f"{', '.join(missing)} not set, but others of {', '.join(names)} are: set all or none"
         )
-    return Membership(values[0], int(values[1] or 0), int(values[2] or 0))
+    try:
+        member = Membership(values[0], int(values[1] or ""), int(values[2] or ""))
+    except ValueError:
+        member = Membership(values[0], 0, 0)
+    if not 0 <= member.process < member.processes:
+        raise UserError(
+            f"LAUNCH_PROCESS = {values[2]} of LAUNCH_PROCESSES = {values[1]}: must be a number from 0, below the other"
+        )
+    return member
 
 
 class Reporter:

@@ -122,13 +122,14 @@ def train(
         while len(in_flight) > upto:
             step, values = in_flight.popleft()
             metrics = StepMetrics(*np.asarray(values).tolist())
-            if not math.isfinite(metrics.loss):
+            # An infinite gradient spoils the weights of its step, the loss only of the next.
+            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
                 checkpoints.wait()
                 kept = checkpoints.latest_step
                 raise NonFiniteLossError(
-                    f"the loss is {metrics.loss} at step {step}; the last good checkpoint is "
-                    f"{'none' if kept is None else f'step {kept}'}. Lower optimizer.learning_rate, "
-                    f"lengthen schedule.warmup_epochs or set train.clip_norm."
+                    f"the loss is {metrics.loss} and the gradient's norm {metrics.grad_norm} at step {step}; "
+                    f"the last good checkpoint is {'none' if kept is None else f'step {kept}'}. Lower "
+                    f"optimizer.learning_rate, lengthen schedule.warmup_epochs or set train.clip_norm."
                 )
             interval.add(metrics)
             save_due.agreed |= metrics.save > 0

@@ -130,7 +130,12 @@ def init_state(
 ) -> TrainState:
     """A fresh train state, each device making only its own shards."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda: _fresh(config, network, optimizer), out_shardings=shardings)()
+    # It runs once: on the CPU, compiling it well takes several times as long as running it badly.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    fresh = jax.jit(
+        lambda: _fresh(config, network, optimizer), out_shardings=shardings, compiler_options=options
+    )
+    return fresh()
 
 
 def _fresh(config: RunConfig, network: Network, optimizer: optax.GradientTransformation) -> TrainState:

@@ -75,13 +75,12 @@ class Uploader:
             f.seek(sent.piece_start)
             content = f.read()
         end = whole_records(content, self._piece_bytes)
-        if sent.piece_start + end == sent.upto:
-            return False
-        name = "/".join(filter(None, (self._prefix, f"{file.name}.{sent.piece:05d}")))
-        self._bucket.blob(name).upload_from_string(
-            content[:end], "application/octet-stream", timeout=60, checksum="crc32c"
-        )
-        sent.upto = sent.piece_start + end
+        if sent.piece_start + end > sent.upto:
+            name = "/".join(filter(None, (self._prefix, f"{file.name}.{sent.piece:05d}")))
+            self._bucket.blob(name).upload_from_string(
+                content[:end], "application/octet-stream", timeout=60, checksum="crc32c"
+            )
+            sent.upto = sent.piece_start + end
         full = end >= self._piece_bytes or end < whole_records(content, len(content))
         if full:
             sent.piece, sent.piece_start = sent.piece + 1, sent.upto

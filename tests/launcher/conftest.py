@@ -1,0 +1,37 @@
+"""A plan of the quickstart, for tests that need some plan."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import configs
+from configs.load import load
+from launcher import clusters
+from launcher.plan import Plan, make_plan
+
+QUICKSTART = Path(configs.__file__).with_name("quickstart.yaml")
+
+
+@pytest.fixture
+def quickstart() -> Path:
+    return QUICKSTART
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Callable[..., Plan]:
+    """Plans the quickstart with overrides, on four CPU devices unless told otherwise."""
+
+    def planned(
+        *overrides: str, cluster: str = "local-2x2", name: str = "quickstart", root: Path = tmp_path / "runs"
+    ) -> Plan:
+        return make_plan(
+            load(QUICKSTART, overrides),
+            clusters.resolve(cluster),
+            name=name,
+            root=root,
+            config_file=QUICKSTART,
+            provenance={"commit": None},
+        )
+
+    return planned

@@ -1,0 +1,398 @@
+"""Verdicts, restarts and the ledger, with a gang in memory: no processes, no clock."""
+
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from launcher.backends import Exit
+from launcher.plan import Plan
+from launcher.rundir import RunDirectory
+from launcher.supervise import (
+    EXIT_CODES,
+    EXIT_DONE,
+    EXIT_SAVED,
+    EXIT_USER_ERROR,
+    Failure,
+    Wishes,
+    describe,
+    goodput,
+    supervise,
+)
+
+COMPLETE = [Exit(0, EXIT_DONE), Exit(1, EXIT_DONE)]
+CRASH = [Exit(1, 1)]
+
+
+@dataclass
+class MemoryGang:
+    """Two processes that end as `ends` says, leave with `when_asked`, and die when killed."""
+
+    ends: list[Exit] = field(default_factory=list)
+    when_asked: int | None = EXIT_SAVED
+    logs: dict[int, str] = field(default_factory=dict)
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+    checkpoints: list[int] = field(default_factory=list)
+    asked: int = 0
+    killed: int = 0
+
+    def begin(self, run: RunDirectory, attempt: int) -> None:
+        """What the processes leave in the run directory."""
+        self._alive = {0, 1} - {e.process for e in self.ends}
+        self._ended = deque(self.ends)
+        self._idle = 0
+        for process in (0, 1):
+            run.log(attempt, process).write_text(self.logs.get(process, ""))
+        for process, report in self.reports.items():
+            run.write_report(process, report)
+        for step in self.checkpoints:
+            (run.path / "checkpoints" / str(step)).mkdir(parents=True)
+
+    def poll(self, timeout: float) -> list[Exit]:
+        self._idle = 0 if self._ended else self._idle + 1
+        assert self._idle < 20, "nothing will end any more"
+        return [self._ended.popleft()] if self._ended else []
+
+    def ask_to_stop(self) -> None:
+        self.asked += 1
+        if self.when_asked is not None:
+            self._leave(self.when_asked)
+
+    def kill(self) -> None:
+        self.killed += 1
+        self._leave(-signal.SIGKILL)
+
+    def _leave(self, code: int) -> None:
+        self._ended.extend(Exit(process, code) for process in sorted(self._alive))
+        self._alive = set()
+
+
+@dataclass
+class MemoryBackend:
+    gangs: list[MemoryGang]
+    """One for each attempt."""
+    attempts: int = 0
+
+    def render(self, plan: Plan) -> str:
+        raise AssertionError("a run renders nothing")
+
+    def start(self, plan: Plan, run: RunDirectory, attempt: int) -> MemoryGang:
+        gang = self.gangs[self.attempts]
+        self.attempts += 1
+        gang.begin(run, attempt)
+        return gang
+
+
+@dataclass
+class Supervised:
+    """A supervised run: what is said and seen on the way."""
+
+    plan: Plan
+    run: RunDirectory
+    wishes: Wishes = field(default_factory=Wishes)
+    said: list[str] = field(default_factory=list)
+    on_watch: Callable[[], None] = lambda: None
+    on_announce: Callable[[], None] = lambda: None
+
+    def __call__(self, *gangs: MemoryGang, max_restarts: int = 3) -> dict[str, Any]:
+        def announce(text: str) -> None:
+            self.said.append(text)
+            self.on_announce()
+
+        self.backend = MemoryBackend(list(gangs))
+        result = supervise(
+            self.plan,
+            self.run,
+            self.backend,
+            max_restarts=max_restarts,
+            wishes=self.wishes,
+            watch=lambda attempt, report: self.on_watch(),
+            announce=announce,
+        )
+        assert self.run.result() == result
+        return result
+
+
+@pytest.fixture
+def supervised(planned, tmp_path):
+    plan = planned()
+    run = RunDirectory(tmp_path / "runs" / "quickstart")
+    run.create(plan)
+    return Supervised(plan, run)
+
+
+def crash(code: int = 1, process: int = 1, **told: Any) -> MemoryGang:
+    """A gang of which one process fails, after telling so."""
+    failure = {"error": "ValueError: no", "traceback": ["Traceback:", "ValueError: no"], "retryable": True}
+    return MemoryGang([Exit(process, code)], reports={process: {"failure": failure | told}} if told else {})
+
+
+def attempt(from_step: int, reached: int, kept: int, wall: float, **seconds: float) -> dict[str, Any]:
+    return {
+        "from_step": from_step,
+        "reached_step": reached,
+        "kept_step": kept,
+        "wall_seconds": wall,
+        "seconds": seconds,
+    }
+
+
+# Verdicts
+
+
+def test_all_processes_done_is_completed(supervised):
+    report = {
+        "host": "here", "processes": 2, "step": 180, "epoch": 8.0, "eval/accuracy": 0.98, "train/loss": 0.1,
+        "seconds": {"compute": 1.0}, "outcome": {"step": 180, "epoch": 8.0, "images_per_second": 900.0},
+    }  # fmt: skip
+    gang = MemoryGang(COMPLETE, reports={0: report, 1: {"host": "there"}}, checkpoints=[90, 180])
+    result = supervised(gang)
+    assert result["status"] == "completed"
+    assert (result["step"], result["epoch"], result["images_per_second"]) == (180, 8.0, 900.0)
+    assert result["metrics"] == {"eval/accuracy": 0.98, "train/loss": 0.1}
+    assert (result["attempts"], result["failure"]) == (1, None)
+    (attempt,) = supervised.run.attempts()
+    assert attempt["hosts"] == ["here", "there"]
+    assert (attempt["from_step"], attempt["reached_step"], attempt["kept_step"]) == (0, 180, 180)
+    assert (attempt["cluster"], attempt["mesh"]) == ("local-2x2", {"batch": 4, "model": 1})
+    assert supervised.said == []
+
+
+def test_first_failure_is_named_and_the_others_are_killed(supervised):
+    # Process 0 dies of process 1: it is the consequence, not the cause.
+    gang = MemoryGang([Exit(1, 3), Exit(0, -6)], logs={0: "peer lost\n", 1: "one\n\ncause\n"})
+    result = supervised(gang, max_restarts=0)
+    assert result["status"] == "failed"
+    failure = result["failure"]
+    assert (failure["process"], failure["cause"], failure["error"]) == (1, "exit code 3", "cause")
+    assert failure["lines"] == ["one", "cause"]
+    assert failure["host"] == socket.gethostname()
+    assert gang.killed
+
+
+def test_one_that_is_done_early_does_not_end_the_run(supervised):
+    gang = MemoryGang([Exit(0, EXIT_DONE), Exit(1, 1)])
+    assert supervised(gang, max_restarts=0)["failure"]["process"] == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"), [(1, "exit code 1"), (-9, "SIGKILL"), (-11, "SIGSEGV"), (-40, "40")]
+)
+def test_cause_is_the_exit_code_or_the_signal(supervised, code, cause):
+    assert cause in supervised(MemoryGang([Exit(0, code)]), max_restarts=0)["failure"]["cause"]
+
+
+def test_failure_that_a_worker_told_beats_its_log(supervised):
+    told = {
+        "error": "ValueError: no",
+        "traceback": [*map(str, range(30)), "ValueError: no"],
+        "retryable": True,
+    }
+    report = {"host": "there", "step": 7, "failure": told}
+    failure = supervised(MemoryGang(CRASH, logs={1: "noise"}, reports={1: report}), max_restarts=0)["failure"]
+    assert (failure["host"], failure["step"], failure["error"]) == ("there", 7, "ValueError: no")
+    assert failure["lines"] == [*map(str, range(19, 30)), "ValueError: no"]
+
+
+def test_failure_without_a_word_says_so(supervised):
+    assert supervised(MemoryGang(CRASH), max_restarts=0)["failure"]["error"] == "its log is empty"
+
+
+@pytest.mark.parametrize(
+    ("step", "where"), [(None, "failed (exit code 1)"), (0, "failed at step 0 (exit code 1)")]
+)
+def test_describe_is_one_line_of_who_where_how_and_why(step, where):
+    failure = Failure(1, "node7", "exit code 1", "ValueError: no", step, ["a", "b"], retryable=True)
+    assert describe(failure) == f"process 1 on node7 {where}: ValueError: no"
+
+
+# Restarts
+
+
+@pytest.mark.parametrize("max_restarts", [0, 1, 3])
+def test_failure_is_tried_again_up_to_max_restarts(supervised, max_restarts):
+    result = supervised(*[MemoryGang(CRASH) for _ in range(9)], max_restarts=max_restarts)
+    assert result["status"] == "failed"
+    assert (
+        result["attempts"]
+        == len(supervised.run.attempts())
+        == supervised.backend.attempts
+        == max_restarts + 1
+    )
+    assert [text.splitlines()[1] for text in supervised.said] == [
+        f"attempt {n + 1} from step 0 (restart {n} of {max_restarts})" for n in range(1, max_restarts + 1)
+    ]
+
+
+def test_success_on_the_last_restart_is_completed(supervised):
+    result = supervised(MemoryGang(CRASH), MemoryGang(CRASH), MemoryGang(COMPLETE), max_restarts=2)
+    assert (result["status"], result["attempts"], result["failure"]) == ("completed", 3, None)
+    assert [a["verdict"] for a in supervised.run.attempts()] == ["failed", "failed", "completed"]
+
+
+def test_restart_goes_on_from_the_last_checkpoint_and_counts_what_was_lost(supervised):
+    first = MemoryGang(CRASH, reports={0: {"step": 17}, 1: {"step": 17}}, checkpoints=[5, 10])
+    supervised(first, MemoryGang(COMPLETE, reports={0: {"step": 20}}, checkpoints=[20]))
+    lost, kept = supervised.run.attempts()
+    assert (lost["from_step"], lost["reached_step"], lost["kept_step"], lost["steps_lost"]) == (0, 17, 10, 7)
+    assert (kept["from_step"], kept["reached_step"], kept["kept_step"], kept["steps_lost"]) == (10, 20, 20, 0)
+    assert "attempt 2 from step 10 (restart 1 of 3)" in supervised.said[0]
+
+
+@pytest.mark.parametrize("gang", [crash(EXIT_USER_ERROR), crash(EXIT_USER_ERROR, retryable=True), crash(1, retryable=False)])  # fmt: skip
+def test_what_is_certain_to_fail_again_is_not_tried_again(supervised, gang):
+    result = supervised(gang)
+    assert (result["status"], supervised.backend.attempts, supervised.said) == ("failed", 1, [])
+    assert not result["failure"]["retryable"]
+
+
+# Stopping
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "preempted")])
+def test_signal_has_the_gang_save_and_end(supervised, signum, status):
+    supervised.on_watch = lambda: supervised.wishes.stop or supervised.wishes.interrupted(signum, None)
+    gang = MemoryGang(reports={0: {"step": 12, "outcome": {"step": 12}}}, checkpoints=[12])
+    result = supervised(gang)
+    assert (result["status"], result["step"], gang.asked) == (status, 12, 1)
+    assert EXIT_CODES[status] == {"stopped": 130, "preempted": 75}[status]
+
+
+def test_stop_from_another_terminal_is_stopped(supervised):
+    supervised.on_watch = supervised.run.request_stop
+    gang = MemoryGang()
+    assert (supervised(gang)["status"], gang.asked) == ("stopped", 1)
+
+
+def test_saved_without_being_asked_is_preempted(supervised):
+    assert supervised(MemoryGang([Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]))["status"] == "preempted"
+
+
+def test_done_before_the_wish_is_heard_is_completed(supervised):
+    supervised.wishes.stop = "stopped"
+    assert supervised(MemoryGang(COMPLETE))["status"] == "completed"
+
+
+def test_second_ctrl_c_kills(supervised):
+    supervised.on_watch = lambda: supervised.wishes.interrupted(signal.SIGINT, None)
+    gang = MemoryGang(when_asked=None)
+    assert supervised(gang)["status"] == "stopped"
+    assert gang.killed
+
+
+def test_sigterm_behind_ctrl_c_still_waits_for_the_save():
+    wishes = Wishes()
+    wishes.interrupted(signal.SIGINT, None)
+    wishes.interrupted(signal.SIGTERM, None)
+    assert (wishes.stop, wishes.now) == ("stopped", False)
+
+
+def test_sigterm_behind_two_ctrl_c_does_not_take_them_back():
+    wishes = Wishes()
+    for signum in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        wishes.interrupted(signum, None)
+    assert (wishes.stop, wishes.now) == ("stopped", True)
+
+
+def test_stop_before_training_has_begun_waits_for_nobody(supervised):
+    supervised.wishes.stop = "stopped"
+    gang = MemoryGang(when_asked=-signal.SIGTERM)
+    assert (supervised(gang)["status"], supervised.backend.attempts) == ("stopped", 1)
+
+
+def test_stop_request_of_an_earlier_launch_is_forgotten(supervised):
+    supervised.run.request_stop()
+    gang = MemoryGang(COMPLETE)
+    assert (supervised(gang)["status"], gang.asked) == ("completed", 0)
+
+
+def test_stop_asked_for_between_two_attempts_is_heard(supervised):
+    supervised.on_announce = supervised.run.request_stop
+    assert supervised(MemoryGang(CRASH), MemoryGang())["status"] == "stopped"
+
+
+def test_failure_while_stopping_begins_no_new_attempt(supervised):
+    supervised.wishes.stop = "stopped"
+    result = supervised(MemoryGang(when_asked=1), MemoryGang(COMPLETE))
+    assert (result["status"], supervised.backend.attempts) == ("failed", 1)
+
+
+def test_gang_is_ended_when_the_launcher_itself_fails(supervised):
+    gang = MemoryGang()
+
+    def fail() -> None:
+        raise KeyError("a bug")
+
+    supervised.on_watch = fail
+    with pytest.raises(KeyError):
+        supervised(gang)
+    assert gang.killed
+
+
+# A launcher that was killed
+
+
+@pytest.fixture
+def lost(supervised):
+    """An attempt whose launcher was killed at step 17, a minute in, long ago."""
+    run = supervised.run
+    run.add_attempt({"attempt": run.begin_attempt(), **attempt(0, 5, 5, 60)})
+    number = run.begin_attempt()
+    begun = 1_700_000_000.0
+    run.write_report(0, {"host": "here", "processes": 1, "step": 17, "begun": begun, "time": begun + 60.0})
+    for step in (5, 10):
+        (run.path / "checkpoints" / str(step)).mkdir(parents=True)
+    os.utime(run.logs(number), (begun, begun))
+    return supervised
+
+
+def test_lost_attempt_is_accounted_for_by_the_next_launch(lost):
+    result = lost(MemoryGang(COMPLETE))
+    _, line, last = lost.run.attempts()
+    assert (line["attempt"], line["verdict"], line["hosts"]) == (2, "launcher lost", ["here"])
+    assert (line["from_step"], line["reached_step"], line["kept_step"], line["steps_lost"]) == (5, 17, 10, 7)
+    assert (last["attempt"], last["from_step"], result["attempts"]) == (3, 10, 3)
+
+
+def test_lost_attempt_ended_with_its_last_word_not_with_the_next_launch(lost):
+    lost(MemoryGang(COMPLETE))
+    line = lost.run.attempts()[1]
+    assert line["wall_seconds"] == pytest.approx(60, abs=2)
+    assert line["started"] == "2023-11-14T22:13:20+00:00"
+    assert line["ended"] == "2023-11-14T22:14:20+00:00"
+
+
+def test_lost_attempt_that_never_said_a_word_has_a_line_too(supervised):
+    supervised.run.begin_attempt()
+    supervised(MemoryGang(COMPLETE))
+    assert [(a["attempt"], a["verdict"]) for a in supervised.run.attempts()] == [
+        (1, "launcher lost"),
+        (2, "completed"),
+    ]
+
+
+# Goodput
+
+
+@pytest.mark.parametrize(
+    ("attempts", "shares"),
+    [
+        ([attempt(0, 0, 0, 10)], {"startup_and_rest": 1}),
+        ([attempt(0, 10, 10, 100, compute=60, data_wait=10, checkpoint=6, evaluation=4)],
+         {"train": 0.6, "data_wait": 0.1, "checkpoint": 0.06, "evaluation": 0.04, "startup_and_rest": 0.2}),
+        # The first of two attempts keeps half of its steps.
+        ([attempt(0, 10, 5, 100, compute=40), attempt(5, 20, 20, 100, compute=60)],
+         {"train": 0.4, "lost": 0.1, "startup_and_rest": 0.5}),
+        # Fell back behind its start: the checkpoint it began with was bad.
+        ([attempt(10, 20, 5, 10, compute=8)], {"lost": 0.8, "startup_and_rest": 0.2}),
+    ],
+    ids=["nothing", "all", "half", "back"],
+)  # fmt: skip
+def test_goodput_is_the_share_of_kept_compute_and_the_rest_is_named(attempts, shares):
+    activities = ("train", "data_wait", "checkpoint", "evaluation", "lost", "startup_and_rest")
+    assert goodput(attempts) == pytest.approx(dict.fromkeys(activities, 0.0) | shares)
