@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from configs.schema import RunConfig, num_examples
 from trainer.checkpoint import Checkpointer, DataPosition
 from trainer.data import open_splits
 from trainer.data.pipeline import eval_batches, train_batches
-from trainer.evaluate import Evaluation, evaluate
+from trainer.evaluate import evaluate
 from trainer.mesh import each_device, make_mesh, rows
 from trainer.metrics import Interval, Stopwatch, TensorBoard, local_rows, logdir
 from trainer.state import Network, TrainState, abstract_state, init_state, make_optimizer, make_schedule
@@ -61,155 +61,210 @@ def train(
     """Train to `steps` optimizer steps in the run directory, resuming from its newest checkpoint.
 
     `report(**fields)` is told the phase and progress; `stop_requested()` is asked at each step. Raises
-    NonFiniteLossError, ValueError for what the user must mend, and whatever Orbax or the data source raises.
+    NonFiniteLossError, UserError for what the user must mend, and whatever Orbax or the data source raises.
     """
-    begun = time.perf_counter()
-    watch = Stopwatch()
-    batch_size = config.train.batch_size
-    steps_per_epoch = num_examples(config.data)[0] / batch_size
+    return _Training(config, steps, directory, report, stop_requested).run()
 
-    # Mesh and data
-    report(phase="opening data")
-    mesh = make_mesh(config.mesh.batch, config.mesh.model)
-    with watch.span("open_data"):
-        train_split, eval_split = open_splits(config.data, config.model.num_classes)
 
-    # Model, fresh or restored
-    report(phase="initialising")
-    network = Network(config.model)
-    schedule = make_schedule(
-        config.schedule, config.optimizer.learning_rate, steps=steps, steps_per_epoch=steps_per_epoch
-    )
-    optimizer = make_optimizer(config.optimizer, schedule, config.train.clip_norm)
-    abstract = abstract_state(config, network, optimizer, mesh)
-    with watch.span("restore"):
-        checkpoints = Checkpointer(directory / "checkpoints", config.checkpoint)
-        start = checkpoints.latest_step or 0
-        if start:
-            state, data = checkpoints.restore(start, abstract)
-            _check_same_data(data, config, train_split.digest)
-    if not start:
-        with watch.span("initialise"):
-            state = init_state(config, network, optimizer, abstract)
-    leaves, structure = jax.tree.flatten(state)
-    del state
+class _Training:
+    """One training on this process: all is prepared when it is made, then `run` tells the story."""
 
-    def current() -> TrainState:
-        return jax.tree.unflatten(structure, leaves)
+    def __init__(
+        self,
+        config: RunConfig,
+        steps: int,
+        directory: Path,
+        report: Report,
+        stop_requested: Callable[[], bool],
+    ):
+        self.config, self.steps, self.report = config, steps, report
+        self.watch = Stopwatch()
+        self.steps_per_epoch = num_examples(config.data)[0] / config.train.batch_size
 
-    # Data starts to flow while the step compiles
-    batches = train_batches(config, train_split, rows(mesh), position=start * batch_size, steps=steps - start)
-    save_due = _SaveDue(config, steps, steps_per_epoch)
-    request = _requests(mesh, save_due.wanted, stop_requested)
-    report(phase="compiling", step=start, steps=steps)
-    with watch.span("compile"):
-        jitted = make_train_step(config, network, optimizer, schedule, abstract, mesh)
-        train_step = jitted.lower(jax.tree.leaves(abstract), *_abstract_inputs(config, mesh)).compile()
-        eval_step = make_eval_step(config, network, abstract.evaluated(), mesh)
+        report(phase="opening data")
+        self.mesh = make_mesh(config.mesh.batch, config.mesh.model)
+        with self.watch.span("open_data"):
+            self.train_split, self.eval_split = open_splits(config.data, config.model.num_classes)
 
-    board = TensorBoard(logdir(directory, config.log.tensorboard), active=jax.process_index() == 0)
-    if not start:
-        board.hyperparameters(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    in_flight: deque[tuple[int, jax.Array]] = deque()
-    interval = Interval(batch_size, watch)
-    last: dict[str, float] = {}
-    stopping = False
-    reported = 0.0
+        report(phase="initialising")
+        network = Network(config.model)
+        schedule = make_schedule(
+            config.schedule,
+            config.optimizer.learning_rate,
+            steps=steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        optimizer = make_optimizer(config.optimizer, schedule, config.train.clip_norm)
+        abstract = abstract_state(config, network, optimizer, self.mesh)
+        with self.watch.span("restore"):
+            self.checkpoints = Checkpointer(directory / "checkpoints", config.checkpoint)
+            self.start = self.checkpoints.latest_step or 0
+            state = self._restore(abstract) if self.start else None
+        if state is None:
+            with self.watch.span("initialise"):
+                state = init_state(config, network, optimizer, abstract)
+        self.leaves, self._structure = jax.tree.flatten(state)
+        self.step = self.start
 
-    def observe(upto: int) -> None:
+        # Data starts to flow while the step compiles.
+        self.batches = train_batches(
+            config,
+            self.train_split,
+            rows(self.mesh),
+            position=self.start * config.train.batch_size,
+            steps=steps - self.start,
+        )
+        self.save_due = _SaveDue(config, steps, self.steps_per_epoch)
+        self.request = _requests(self.mesh, self.save_due.wanted, stop_requested)
+        report(phase="compiling", step=self.start, steps=steps)
+        with self.watch.span("compile"):
+            train_step = make_train_step(config, network, optimizer, schedule, abstract, self.mesh)
+            inputs = _abstract_inputs(config, self.mesh)
+            self.train_step = train_step.lower(jax.tree.leaves(abstract), *inputs).compile()
+            self.eval_step = make_eval_step(config, network, abstract.evaluated(), self.mesh)
+
+        self.board = TensorBoard(logdir(directory, config.log.tensorboard), active=jax.process_index() == 0)
+        if not self.start:
+            self.board.hyperparameters(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        self.in_flight: deque[tuple[int, jax.Array]] = deque()
+        self.interval = Interval(config.train.batch_size, self.watch)
+        self.metrics: dict[str, float] = {}
+        self.stopping = False
+        """All processes have agreed to stop."""
+        self._reported = 0.0
+
+    def run(self) -> Outcome:
+        """Step, finite check, save, evaluate, log; until the last step or an agreed stop."""
+        if (
+            self.start
+            and self.save_due.at_evaluation(self.start)
+            and self.start not in self.checkpoints.scores
+        ):
+            self.evaluate()  # the attempt before ended between save and evaluation
+        begun = time.perf_counter()
+        self.interval.reset()
+        while self.step < self.steps and not self.stopping:
+            first = self.step == self.start
+            with self.watch.span("first_batch" if first else "data_wait"):
+                batch = next(self.batches)
+            if self.step == 0:
+                self._log_inputs(batch)
+            with self.watch.span("first_step" if first else "compute"):
+                self.leaves, values = self.train_step(self.leaves, batch, self.request())
+                self.step += 1
+                self.in_flight.append((self.step, values))
+                self.observe(upto=0 if first else LAG)
+            if first:
+                self.report(phase="training", step=self.step, seconds=dict(self.watch.seconds))
+                begun = time.perf_counter()
+                self.interval.reset()
+            self.checkpoints.poll()
+            if self.save_due(self.step) or self.stopping:
+                self.save()
+            if self.save_due.at_evaluation(self.step) and not self.stopping:
+                self.evaluate()
+            self.log()
+
+        self.report(phase="saving")
+        with self.watch.span("checkpoint"):
+            self.checkpoints.close()
+        self.board.close()
+        seconds = time.perf_counter() - begun - self.watch.seconds["evaluation"]
+        steps = max(self.step - self.start - 1, 0)
+        return Outcome(
+            status="completed"
+            if self.step == self.steps and self.step in self.checkpoints.scores
+            else "stopped",
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            metrics=self.metrics,
+            images_per_second=steps * self.config.train.batch_size / seconds,
+            seconds=dict(self.watch.seconds),
+        )
+
+    def state(self) -> TrainState:
+        return jax.tree.unflatten(self._structure, self.leaves)
+
+    def observe(self, upto: int) -> None:
         """Read metrics until at most `upto` steps are in flight: the finite check, and what was agreed."""
-        nonlocal stopping
-        while len(in_flight) > upto:
-            step, values = in_flight.popleft()
+        while len(self.in_flight) > upto:
+            step, values = self.in_flight.popleft()
             metrics = StepMetrics(*np.asarray(values).tolist())
             # An infinite gradient spoils the weights of its step, the loss only of the next.
             if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-                checkpoints.wait()
-                kept = checkpoints.latest_step
-                raise NonFiniteLossError(
-                    f"the loss is {metrics.loss} and the gradient's norm {metrics.grad_norm} at step {step}; "
-                    f"the last good checkpoint is {'none' if kept is None else f'step {kept}'}. Lower "
-                    f"optimizer.learning_rate, lengthen schedule.warmup_epochs or set train.clip_norm."
-                )
-            interval.add(metrics)
-            save_due.agreed |= metrics.save > 0
-            stopping |= metrics.stop > 0
+                self._fail_non_finite(step, metrics)
+            self.interval.add(metrics)
+            self.save_due.agreed |= metrics.save > 0
+            self.stopping |= metrics.stop > 0
 
-    def save(step: int) -> None:
-        with watch.span("checkpoint"):
-            observe(upto=0)  # a state behind a loss that is not finite is not kept
-            position = DataPosition(step * batch_size, config.train.seed, train_split.digest)
-            checkpoints.save(step, current(), position)
-        save_due.saved(step)
+    def save(self) -> None:
+        with self.watch.span("checkpoint"):
+            self.observe(upto=0)  # a state behind a loss that is not finite is not kept
+            position = DataPosition(
+                self.step * self.config.train.batch_size, self.config.train.seed, self.train_split.digest
+            )
+            self.checkpoints.save(self.step, self.state(), position)
+        self.save_due.saved()
 
-    def run_evaluation(step: int) -> None:
-        nonlocal stopping
-        report(phase="evaluating", step=step)
-        with watch.span("evaluation"):
-            observe(upto=0)
+    def evaluate(self) -> None:
+        self.report(phase="evaluating", step=self.step)
+        with self.watch.span("evaluation"):
             result = evaluate(
-                eval_step,
-                jax.tree.leaves(current().evaluated()),
-                eval_batches(config, eval_split, rows(mesh)),
-                request,
-                num_mistakes=config.log.num_images,
+                self.eval_step,
+                jax.tree.leaves(self.state().evaluated()),
+                eval_batches(self.config, self.eval_split, rows(self.mesh)),
+                self.request,
+                num_mistakes=self.config.log.num_images,
             )
         if result is None:
-            stopping = True
+            self.stopping = True
             return
-        checkpoints.score(step, result.metrics[config.checkpoint.metric])
-        last.update(result.metrics)
-        _log_evaluation(board, step, result)
-        report(**result.metrics, phase="training")
+        self.checkpoints.score(self.step, result.metrics[self.config.checkpoint.metric])
+        self.metrics.update(result.metrics)
+        self.board.scalars(self.step, result.metrics)
+        self.board.images(self.step, "eval/mistakes", result.mistakes, result.captions)
+        self.report(**result.metrics, phase="training")
 
-    # The loop
-    step = start
-    if start and save_due.at_evaluation(start) and start not in checkpoints.scores:
-        run_evaluation(start)  # the attempt before ended between save and evaluation
-    trained_from = time.perf_counter()
-    interval.reset()
-    while step < steps and not stopping:
-        with watch.span("data_wait" if step > start else "first_batch"):
-            batch = next(batches)
-        if step == 0:
-            _log_inputs(board, batch, config.log.num_images)
-        with watch.span("first_step" if step == start else "compute"):
-            leaves, values = train_step(leaves, batch, request())
-            step += 1
-            in_flight.append((step, values))
-            observe(upto=0 if step == start + 1 else LAG)
-        if step == start + 1:
-            report(phase="training", step=step, seconds=dict(watch.seconds))
-            trained_from = time.perf_counter()
-            interval.reset()
-        checkpoints.poll()
-        if save_due(step) or (stopping and step > start):
-            save(step)
-        if save_due.at_evaluation(step) and not stopping:
-            run_evaluation(step)
-        if len(interval) and (step % config.log.every_steps == 0 or step == steps or stopping):
-            last.update(interval.summary())
-            board.scalars(step, {**interval.summary(), "train/epoch": step / steps_per_epoch})
-            interval.reset()
-            report(step=step, epoch=step / steps_per_epoch, seconds=dict(watch.seconds), **last)
-        elif len(interval) and time.perf_counter() - reported > REPORT_SECONDS:
-            reported = time.perf_counter()
-            report(step=step, epoch=step / steps_per_epoch, **interval.summary())
+    def log(self) -> None:
+        """TensorBoard each `log.every_steps`; the progress line at least twice a second."""
+        if not len(self.interval):
+            return
+        epoch = self.step / self.steps_per_epoch
+        if self.step % self.config.log.every_steps == 0 or self.step == self.steps or self.stopping:
+            summary = self.interval.summary()
+            self.interval.reset()
+            self.metrics.update(summary)
+            self.board.scalars(self.step, {**summary, "train/epoch": epoch})
+            self.report(step=self.step, epoch=epoch, seconds=dict(self.watch.seconds), **self.metrics)
+        elif time.perf_counter() - self._reported > REPORT_SECONDS:
+            self._reported = time.perf_counter()
+            self.report(step=self.step, epoch=epoch, **self.interval.summary())
 
-    report(phase="saving")
-    with watch.span("checkpoint"):
-        checkpoints.close()
-    board.close()
-    trained_seconds = time.perf_counter() - trained_from - watch.seconds["evaluation"]
-    watch.seconds["total"] = time.perf_counter() - begun
-    return Outcome(
-        status="completed" if step == steps else "stopped",
-        step=step,
-        epoch=step / steps_per_epoch,
-        metrics=last,
-        images_per_second=max(step - start - 1, 0) * batch_size / trained_seconds,
-        seconds=dict(watch.seconds),
-    )
+    def _log_inputs(self, batch: Batch) -> None:
+        n = self.config.log.num_images
+        labels = [str(label) for label in local_rows(batch.labels)[:n]]
+        self.board.images(0, "train/inputs", local_rows(batch.images)[:n], labels)
+
+    def _fail_non_finite(self, step: int, metrics: StepMetrics) -> NoReturn:
+        self.checkpoints.wait()
+        self.board.close()
+        kept = self.checkpoints.latest_step
+        raise NonFiniteLossError(
+            f"the loss is {metrics.loss} and the gradient's norm {metrics.grad_norm} at step {step}; "
+            f"the last good checkpoint is {'none' if kept is None else f'step {kept}'}. Lower "
+            f"optimizer.learning_rate, lengthen schedule.warmup_epochs or set train.clip_norm."
+        )
+
+    def _restore(self, abstract: TrainState) -> TrainState:
+        state, saved = self.checkpoints.restore(self.start, abstract)
+        digest, seed = self.train_split.digest, self.config.train.seed
+        if (saved.digest, saved.seed) != (digest, seed):
+            raise UserError(
+                f"the checkpoint was trained on other data (digest {saved.digest[:12]}, seed {saved.seed}) "
+                f"than data.source = {self.config.data.source} has now (digest {digest[:12]}, seed {seed}): "
+                f"restore the data, or begin another run with --name"
+            )
+        return state
 
 
 class _SaveDue:
@@ -236,7 +291,7 @@ class _SaveDue:
         elapsed = time.monotonic() - self._saved_at
         return minutes is not None and jax.process_index() == 0 and elapsed > 60 * minutes
 
-    def saved(self, step: int) -> None:
+    def saved(self) -> None:
         self._saved_at = time.monotonic()
         self.agreed = False
 
@@ -268,22 +323,3 @@ def _abstract_inputs(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
         labels=abstract((size,), np.int32, rows(mesh)),
     )
     return batch, abstract((mesh.size, 2), np.float32, each_device(mesh))
-
-
-def _check_same_data(saved: DataPosition, config: RunConfig, digest: str) -> None:
-    if (saved.digest, saved.seed) != (digest, config.train.seed):
-        raise UserError(
-            f"the checkpoint was trained on other data (digest {saved.digest[:12]}, seed {saved.seed}) than "
-            f"data.source = {config.data.source} has now (digest {digest[:12]}, seed {config.train.seed}): "
-            f"restore the data, or begin another run with --name"
-        )
-
-
-def _log_inputs(board: TensorBoard, batch: Batch, num_images: int) -> None:
-    images, labels = local_rows(batch.images)[:num_images], local_rows(batch.labels)[:num_images]
-    board.images(0, "train/inputs", images, [str(label) for label in labels])
-
-
-def _log_evaluation(board: TensorBoard, step: int, result: Evaluation) -> None:
-    board.scalars(step, result.metrics)
-    board.images(step, "eval/mistakes", result.mistakes, result.captions)

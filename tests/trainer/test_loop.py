@@ -120,3 +120,10 @@ def test_the_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
     parts = sum(metrics[f"step_seconds/{p}"] for p in ("data_wait", "compute", "checkpoint_stall"))
     assert parts == pytest.approx(metrics["step_seconds/total"])
     assert metrics["speed/images_per_second"] == pytest.approx(32 / metrics["step_seconds/total"])
+
+
+def test_a_stop_in_the_last_evaluation_is_no_completion(tmp_path: Path) -> None:
+    first = run(tmp_path, steps=4, recorder=Recorder(stop_at=6))  # asked in the second batch of evaluation
+    assert (first.status, first.step) == ("stopped", 4)
+    second = run(tmp_path, steps=4)
+    assert (second.status, second.metrics["eval/count"]) == ("completed", 360)
