@@ -30,11 +30,11 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
-	$(BIN)/pytest
+test: check test-fast
+	$(BIN)/pytest -m cluster
 
 test-fast: $(READY)
-	$(BIN)/pytest -m "not cluster"
+	$(BIN)/pytest -m "not cluster" --numprocesses 2
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -150,9 +150,6 @@ def run(
         click.confirm("Go on with this run?", default=True, abort=True)
     with directory.locked(), _signals(Wishes()) as wishes, _Progress(plan) as progress:
         directory.create(plan)
-        steps = directory.checkpoint_steps()
-        if steps:
-            progress.line(f"resuming from step {steps[-1]}")
         result = supervise(
             plan,
             directory,
@@ -436,7 +433,7 @@ def _print_plan(plan: "Plan") -> None:
     rows = {
         "run": f"{plan.name}  ({plan.config_file})",
         "cluster": f"{plan.cluster}: {plan.processes} process{'es' * (plan.processes > 1)} × "
-        f"{plan.devices_per_process} {plan.platform} = {plan.devices} devices",
+        f"{plan.devices_per_process} {plan.platform} = {plan.devices} device{'s' * (plan.devices > 1)}",
         "mesh": f"batch {mesh['batch']} × model {mesh['model']}",
         "batch": f"{plan.global_batch} global, {plan.per_device_batch} per device",
         "steps": f"{plan.steps} ({plan.epochs:.4g} epochs of {plan.steps_per_epoch:.4g} steps)",
@@ -519,6 +516,7 @@ class _Progress:
         self._plan = plan
         self._last = ""
         self._printed = 0.0
+        self._attempt = 0
         self._live: Any = None
 
     def __enter__(self) -> "_Progress":
@@ -541,6 +539,9 @@ class _Progress:
             click.echo(text)
 
     def watch(self, attempt: int, report: dict[str, Any]) -> None:
+        if report.get("start") and attempt > self._attempt:
+            self._attempt = attempt
+            self.line(f"resuming from step {report['start']}")
         text = _progress_text(self._plan, report)
         if self._live:
             from rich.text import Text

@@ -168,11 +168,12 @@ _FREE = {
 def differences(old: Plan, new: Plan) -> list[str]:
     """Settings of `new` under which the checkpoints of `old` cannot go on, as `key: old, now new`."""
     found = []
+    known = old.run_config().model_dump(mode="json")  # with today's defaults for settings it did not know
     for section, values in new.config.items():
         free = _FREE.get(section, set())
         if free is None:
             continue
-        before = old.config.get(section, {})
+        before = known.get(section, {})
         found += [
             f"{section}.{key}: {before.get(key)}, now {value}"
             for key, value in values.items()

@@ -136,7 +136,7 @@ def _failure(run: RunDirectory, number: int, ended: Exit) -> Failure:
         host=report.get("host", socket.gethostname()),
         cause=f"exit code {code}" if code >= 0 else _signal_name(-code),
         error=told.get("error") or (lines[-1] if lines else "its log is empty"),
-        step=report.get("step"),
+        step=told.get("step") or report.get("step"),
         lines=lines[-TAIL_LINES:],
         retryable=code != EXIT_USER_ERROR and told.get("retryable", True),
     )
@@ -162,6 +162,8 @@ def _ledger_line(
     failure: Failure | None,
 ) -> dict[str, Any]:
     report = run.report(0)
+    # A damaged checkpoint may have sent it further back than the launcher knew.
+    from_step = report.get("start", from_step)
     reached = report.get("step", from_step)
     kept = (run.checkpoint_steps() or [0])[-1]
     return {

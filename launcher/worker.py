@@ -160,6 +160,7 @@ def _tell(reporter: Reporter | None, error: Exception, *, retryable: bool) -> No
         "error": f"{type(error).__name__}: {message[0]}" if not isinstance(error, UserError) else str(error),
         "traceback": lines,
         "retryable": retryable,
+        "step": getattr(error, "step", None),
     }
     with contextlib.suppress(OSError):
         reporter(phase="failed", failure=failure)

@@ -21,11 +21,11 @@ from typing import Any
 import google_crc32c
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from configs.files import write_atomically
 from configs.schema import CheckpointConfig
+from trainer.mesh import wait_for_all
 from trainer.state import TrainState
 
 CHECKSUMS = "crc32c.json"
@@ -70,7 +70,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             _set_damaged_aside(directory)
-        multihost_utils.sync_global_devices("checkpoints verified")
+        wait_for_all("checkpoints verified")
         self._scores_file = directory / "scores.json"
         self.scores: dict[int, float] = _read_scores(self._scores_file)
         self._manager = ocp.CheckpointManager(

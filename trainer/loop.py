@@ -24,7 +24,7 @@ from trainer.checkpoint import Checkpointer, DataPosition
 from trainer.data import open_splits
 from trainer.data.pipeline import eval_batches, train_batches
 from trainer.evaluate import evaluate
-from trainer.mesh import each_device, make_mesh, rows
+from trainer.mesh import each_device, make_mesh, rows, wait_for_all
 from trainer.metrics import Interval, Stopwatch, TensorBoard, local_rows, logdir
 from trainer.state import Network, TrainState, abstract_state, init_state, make_optimizer, make_schedule
 from trainer.step import Batch, StepMetrics, make_eval_step, make_train_step
@@ -39,6 +39,10 @@ class NonFiniteLossError(Exception):
     """The loss became NaN or infinite. The same steps would do it again, so there is no point in a retry."""
 
     retryable = False
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,11 @@ class _Training:
         self.leaves, self._structure = jax.tree.flatten(state)
         self.step = self.start
 
+        self.board = TensorBoard(
+            logdir(directory, config.log.tensorboard), active=jax.process_index() == 0, start=self.start
+        )
+        if not self.start:
+            self.board.hyperparameters(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         # Data starts to flow while the step compiles.
         self.batches = train_batches(
             config,
@@ -116,16 +125,15 @@ class _Training:
         )
         self.save_due = _SaveDue(config, steps, self.steps_per_epoch)
         self.request = _requests(self.mesh, self.save_due.wanted, stop_requested)
-        report(phase="compiling", step=self.start, steps=steps)
+        report(phase="compiling", step=self.start, start=self.start, steps=steps)
         with self.watch.span("compile"):
             train_step = make_train_step(config, network, optimizer, schedule, abstract, self.mesh)
+            eval_step = make_eval_step(config, network, abstract.evaluated(), self.mesh)
             inputs = _abstract_inputs(config, self.mesh)
             self.train_step = train_step.lower(jax.tree.leaves(abstract), *inputs).compile()
-            self.eval_step = make_eval_step(config, network, abstract.evaluated(), self.mesh)
+            self.eval_step = eval_step.lower(jax.tree.leaves(abstract.evaluated()), *inputs).compile()
+            wait_for_all("compiled")  # before the first collective
 
-        self.board = TensorBoard(logdir(directory, config.log.tensorboard), active=jax.process_index() == 0)
-        if not self.start:
-            self.board.hyperparameters(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         self.in_flight: deque[tuple[int, jax.Array]] = deque()
         self.interval = Interval(config.train.batch_size, self.watch)
         self.metrics: dict[str, float] = {}
@@ -251,8 +259,9 @@ class _Training:
         kept = self.checkpoints.latest_step
         raise NonFiniteLossError(
             f"the loss is {metrics.loss} and the gradient's norm {metrics.grad_norm} at step {step}; "
-            f"the last good checkpoint is {'none' if kept is None else f'step {kept}'}. Lower "
-            f"optimizer.learning_rate, lengthen schedule.warmup_epochs or set train.clip_norm."
+            f"the last good checkpoint is {'none' if kept is None else f'step {kept}'}. Begin another run (--name) "
+            f"with a lower optimizer.learning_rate, a longer schedule.warmup_epochs or train.clip_norm",
+            step,
         )
 
     def _restore(self, abstract: TrainState) -> TrainState:

@@ -1,11 +1,13 @@
-"""The batch×model mesh, and which axis each array lives on."""
+"""The batch×model mesh, which axis each array lives on, and a barrier for the processes that share it."""
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH, MODEL = "batch", "model"
+BARRIER_SECONDS = 1800
 
 
 def make_mesh(batch: int, model: int) -> Mesh:
@@ -40,3 +42,13 @@ def weight_sharding(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             if leaf.shape[dim] % size == 0:
                 return NamedSharding(mesh, P(*[None] * dim, MODEL))
     return replicated(mesh)
+
+
+def wait_for_all(name: str) -> None:
+    """Return when all processes have come here; `name` is used once a process.
+
+    Through the coordination service, not the devices: a collective gives up on a late peer within 30 s
+    (gloo), and one process may well compile or read that much longer than another.
+    """
+    processes = set(range(jax.process_count()))
+    ocp.multihost.sync_global_processes(name, timeout=BARRIER_SECONDS, processes=processes)

@@ -76,9 +76,12 @@ class Interval:
 
 
 class TensorBoard:
-    """Event files in a folder or under gs://; on process 0 alone, elsewhere nothing happens."""
+    """Event files in a folder or under gs://; on process 0 alone, elsewhere nothing happens.
 
-    def __init__(self, logdir: str, *, active: bool):
+    A run resumed from step `start` has TensorBoard forget what an earlier attempt wrote of later steps.
+    """
+
+    def __init__(self, logdir: str, *, active: bool, start: int = 0):
         self._writer: SummaryWriter | None = None
         self._uploader: Uploader | None = None
         if not active:
@@ -86,7 +89,7 @@ class TensorBoard:
         if logdir.startswith("gs://"):
             self._uploader = Uploader(logdir)
             logdir = str(self._uploader.folder)
-        self._writer = SummaryWriter(logdir, flush_secs=5)
+        self._writer = SummaryWriter(logdir, flush_secs=5, purge_step=start + 1 if start else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items() if self._writer else ():

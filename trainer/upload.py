@@ -15,6 +15,8 @@ from pathlib import Path
 from google.api_core.exceptions import GoogleAPIError
 from google.auth.exceptions import GoogleAuthError
 
+from configs.errors import UserError
+
 PIECE_BYTES = 4 << 20
 INTERVAL_SECONDS = 15.0
 _log = logging.getLogger(__name__)
@@ -33,7 +35,10 @@ class Uploader:
         from google.cloud import storage  # 0.3 s to import, for gs:// only
 
         bucket, _, prefix = destination.removeprefix("gs://").partition("/")
-        self._bucket = storage.Client().bucket(bucket)
+        try:
+            self._bucket = storage.Client().bucket(bucket)
+        except GoogleAuthError as e:
+            raise UserError(f"log.tensorboard = {destination}: no Google credentials: {e}") from None
         self._prefix = prefix.strip("/")
         self._piece_bytes = piece_bytes
         self._interval = interval_seconds

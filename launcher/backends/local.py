@@ -17,7 +17,8 @@ from launcher.backends import Exit
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-WORKER = [sys.executable, "-m", "launcher.worker", "--exit-with-stdin"]
+# -P: a folder called models/ or trainer/ where the user stands must not come before ours.
+WORKER = [sys.executable, "-P", "-m", "launcher.worker", "--exit-with-stdin"]
 # Not inherited: it would contradict the number of CPU devices that the plan names.
 CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 

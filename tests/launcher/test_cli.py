@@ -257,29 +257,29 @@ def test_folder_that_is_no_run_is_refused_and_left_alone(root):
 
 
 def test_run_that_is_past_the_end_is_refused(made):
-    (made().path / "checkpoints" / "180").mkdir(parents=True)
-    assert_refused(launch(QUICKSTART, "train.epochs=4"), "is at step 180 already", "train.steps = 90")
+    (made().path / "checkpoints" / "90").mkdir(parents=True)
+    assert_refused(launch(QUICKSTART, "train.epochs=2"), "is at step 90 already", "train.steps = 45")
 
 
 def test_running_run_is_refused_and_keeps_its_plan(made):
     run = made()
     with run.locked():
         assert_refused(launch(QUICKSTART, "train.epochs=20"), "quickstart is running already", "launch stop")
-    assert run.plan().steps == 180
+    assert run.plan().steps == 90
 
 
 def test_complete_run_is_shown_not_repeated(made):
     run = made()
     run.write_result(
         {
-            "status": "completed", "step": 180, "epoch": 8.017, "attempts": 1, "wall_seconds": 61.0, "failure": None,
+            "status": "completed", "step": 90, "epoch": 4.008, "attempts": 1, "wall_seconds": 61.0, "failure": None,
             "metrics": {"eval/accuracy": 0.975, "eval/count": 360, "eval/loss": 0.09},
         }
     )  # fmt: skip
     result = launch(QUICKSTART)
     assert result.exit_code == 0
     assert "run quickstart is complete; begin another with --name, or train longer" in result.stdout
-    assert "completed   step 180 (epoch 8.017), 1 attempt, 1:01" in result.stdout
+    assert "completed   step 90 (epoch 4.008), 1 attempt, 1:01" in result.stdout
     assert "97.50% of 360 held-out images" in result.stdout
     assert f"tensorboard --logdir {run.path}/tensorboard" in result.stdout
     assert run.last_attempt() == 0
@@ -345,8 +345,8 @@ def test_status_tells_state_progress_and_attempts(failed):
     assert lines[0] == "run         quickstart (failed)"
     assert lines[1] == "directory   runs/quickstart"
     assert lines[2] == (
-        "progress    step 30/180  epoch 1.34/8.017  loss 1.5000  accuracy 50.00%  "
-        "640 images/s  data wait 2%  ETA 0:15"
+        "progress    step 30/90  epoch 1.34/4.008  loss 1.5000  accuracy 50.00%  "
+        "640 images/s  data wait 2%  ETA 0:06"
     )
     assert lines[4:] == [
         "checkpoints 20",
@@ -378,8 +378,8 @@ def test_list_shows_the_last_launched_first(made, failed):
     os.utime(made(name="older").path / "plan.json", (1, 1))
     lines = [line.split() for line in launch("list").stdout.splitlines()]
     assert lines == [
-        ["quickstart", "failed", "step", "30/180", "local-2x2"],
-        ["older", "interrupted", "step", "0/180", "local-2x2"],
+        ["quickstart", "failed", "step", "30/90", "local-2x2"],
+        ["older", "interrupted", "step", "0/90", "local-2x2"],
     ]
 
 

@@ -19,9 +19,9 @@ def test_quickstart_on_four_devices(planned, tmp_path):
     assert (plan.cluster, plan.backend, plan.platform) == ("local-2x2", "local", "cpu")
     assert (plan.processes, plan.devices, plan.devices_per_process) == (2, 4, 2)
     assert (plan.mesh, plan.global_batch, plan.per_device_batch) == ({"batch": 4, "model": 1}, 64, 16)
-    assert plan.steps == 180  # 8 epochs of 1,437 images are 179.6 batches of 64
+    assert plan.steps == 90  # 4 epochs of 1,437 images are 89.8 batches of 64
     assert plan.steps_per_epoch == 1437 / 64
-    assert plan.epochs == 180 * 64 / 1437
+    assert plan.epochs == 90 * 64 / 1437
     assert plan.parameters == 701_466
     assert plan.run_directory == str(tmp_path / "runs" / "quickstart")
 
@@ -101,8 +101,8 @@ def test_batch_norm_groups_that_divide_a_device_or_span_whole_ones_are_planned(p
         (["model.batch_norm=64", "train.accumulate=2"], ["model.batch_norm = 64", "the 8 images", "a divisor of 8"]),
         (["train.batch_size=1440", "model.batch_norm=8"], ["train.batch_size = 1440", "1437 training examples", "lower it"]),
         (["train.epochs=1", "schedule.warmup_epochs=2"], ["schedule.warmup_epochs = 2", "(23 steps)", "shorten it"]),
-        # 8 epochs are 179.6 steps: all 180 would be warm-up.
-        (["schedule.warmup_epochs=8"], ["schedule.warmup_epochs = 8", "(180 steps)"]),
+        # 4 epochs are 89.8 steps: all 90 would be warm-up.
+        (["schedule.warmup_epochs=4"], ["schedule.warmup_epochs = 4", "(90 steps)"]),
         (["train.steps=3"], ["schedule.warmup_epochs = 1", "(3 steps)"]),
         (["train.epochs=1e307"], ["train.epochs"]),
         (["train.steps=1" + "0" * 400], ["train.steps"]),

@@ -126,15 +126,3 @@ def test_a_save_cut_short_is_no_checkpoint(tmp_path: Path, trainable: Trainable)
     (partial / "state").mkdir(parents=True)
     checkpoints = Checkpointer(tmp_path, CheckpointConfig())
     assert checkpoints.latest_step == 1
-
-
-def test_a_save_that_failed_in_the_background_is_told(tmp_path: Path, trainable: Trainable) -> None:
-    directory = tmp_path / "checkpoints"
-    checkpoints = saved(directory, trainable, [1])
-    for path in sorted(directory.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    directory.rmdir()
-    directory.write_text("in the way")
-    with pytest.raises(Exception, match=r"(?i)not a directory|exist"):  # noqa: PT012 (in the save or after it)
-        checkpoints.save(2, trainable.init(), POSITION)
-        checkpoints.wait()
