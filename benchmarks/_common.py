@@ -59,7 +59,7 @@ def setup(config: RunConfig, *, steps: int) -> Setup:
 
 
 def random_leaves(abstract: TrainState) -> list[jax.Array]:
-    """A state that nothing had to be compiled for: small positive noise, which no file format can compress."""
+    """A state that needs no compilation: small positive noise, which no file format can compress."""
     rng = np.random.default_rng(0)
     return [
         jax.device_put((0.01 * rng.random(leaf.shape, np.float32)).astype(leaf.dtype), leaf.sharding)

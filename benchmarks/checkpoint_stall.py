@@ -1,9 +1,9 @@
 """How long a save holds the loop: asynchronous, as the loop saves, against waiting until it is on disk.
 
-The state is that of ResNet-50 with SGD and momentum, filled with noise. Between saves runs a step that donates
-and rewrites every leaf, until the files are committed, so that no save waits for the one before. Held means
-`save` and each `poll` after it; on the synchronous side `save` and `wait`, checksums included. The last
-column is the step that follows: it competes with the writing threads. Bar: 0.15.
+The state is that of ResNet-50 with SGD and momentum, filled with noise. Between saves runs a step that
+donates and rewrites every leaf, until the files are committed, so that no save waits for the one before.
+Held means `save` and each `poll` after it; on the synchronous side `save` and `wait`, checksums included.
+The last column is the step that follows: it competes with the writing threads. Bar: 0.15.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
 The clock stops when the call returns, not when the device is done, and each call starts on an idle device.
 A call costs time per argument and per result, whatever their size: so the networks are whole (ResNet-50 and
-ResNet-152, every leaf of weights, statistics and momentum) but narrow, on one tiny image a device, and compiled
-without optimisation. "Until done" shows that the device still computes when the call returns; "on the CPU" is
-the calling thread's own time, which other programs do not stretch. Bars: 3 ms for ResNet-50, 8 ms for ResNet-152.
+ResNet-152, every leaf of weights, statistics and momentum) but narrow, on one tiny image a device, and
+compiled without optimisation. "Until done" shows that the device still computes when the call returns; "on
+the CPU" is the calling thread's own time, which other programs do not stretch. Bars: 3 ms for ResNet-50,
+8 ms for ResNet-152.
 """
 
 import argparse
@@ -104,7 +105,8 @@ def main() -> None:
         ours, theirs = times["compiled, as the loop"][0], times["nnx.jit"][0]
         leaves = len(jax.tree.leaves(s.abstract))
         last.append(
-            f"{recipe}, {leaves} leaves: {ours:.2f} ms (bar: {BARS_MS[recipe]:g}); nnx.jit takes {theirs / ours:.1f} times that"
+            f"{recipe}, {leaves} leaves: {ours:.2f} ms (bar: {BARS_MS[recipe]:g}); "
+            f"nnx.jit takes {theirs / ours:.1f} times that"
         )
     print_table(["median ms", "call", "on the CPU", "until done"], table)
     print("\n".join(last))

@@ -1,9 +1,9 @@
 """The quickstart as a newcomer has it: accuracy, seconds of training, seconds in all.
 
-Training is the whole life of the worker processes: import, join, data, compilation, steps, evaluations, saves.
-With --clone the clock starts at `git clone` of this repository's last commit into an empty folder, and runs on
-through `make quickstart`, which installs everything; caches are empty, so all packages are downloaded. Bars:
-97 %, 90 s of training, and 5 minutes from the clone on 2 cores.
+Training is the whole life of the worker processes: import, join, data, compilation, steps, evaluations,
+saves. With --clone the clock starts at `git clone` of this repository's last commit into an empty folder,
+and runs on through `make quickstart`, which installs everything; caches are empty, so all packages are
+downloaded. Bars: 97 %, 90 s of training, and 5 minutes from the clone on 2 cores.
 """
 
 import argparse

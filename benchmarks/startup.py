@@ -1,9 +1,9 @@
-"""Where the time goes from typing `launch` to the end of the first step, cold and with compiled programs kept.
+"""Where the time goes from typing `launch` to the end of the first step, cold and warm.
 
 Runs the quickstart for one step, twice in each round: with an empty cache folder, then with what the first
-left there (the digits and the compiled programs). The split is what each process writes to the run directory;
-one that has compiled early waits for the others, there or in its first step. Cold says nothing about the disk:
-Python's packages are in the page cache both times.
+left there (the digits and the compiled programs). The split is what each process writes to the run
+directory; one that has compiled early waits for the others, there or in its first step. Cold says nothing
+about the disk: Python's packages are in the page cache both times.
 """
 
 import argparse

@@ -448,10 +448,9 @@ def _print_result(plan: "Plan", directory: "RunDirectory", result: dict[str, Any
     from launcher.supervise import describe
 
     metrics, steps = result["metrics"], directory.checkpoint_steps()
-    epoch = f" (epoch {result['epoch']:.4g})" if result["epoch"] is not None else ""
     attempts = f"{result['attempts']} attempt{'s' * (result['attempts'] > 1)}"
     click.echo(
-        f"\n{result['status']:<12}step {result['step']}{epoch}, {attempts}, {_duration(result['wall_seconds'])}"
+        f"\n{result['status']:<12}step {result['step']} (epoch {result['epoch']:.4g}), {attempts}, {_duration(result['wall_seconds'])}"
     )
     if result["failure"]:
         click.echo(f"{'cause':<12}{describe(result['failure'])}")

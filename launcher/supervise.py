@@ -80,7 +80,7 @@ def supervise(
             f"{describe(failure)}\n"
             f"attempt {number + 1} from step {attempt['kept_step']} (restart {restarts} of {max_restarts})"
         )
-    result = _result(run, verdict, failure, time.time() - begun)
+    result = _result(plan, run, verdict, failure, time.time() - begun)
     run.write_result(result)
     return result
 
@@ -194,14 +194,17 @@ def _account_for_lost(run: RunDirectory) -> None:
     run.add_attempt(_ledger_line(run, number, started, ended, before, "launcher lost", None))
 
 
-def _result(run: RunDirectory, verdict: str, failure: Failure | None, wall_seconds: float) -> dict[str, Any]:
+def _result(
+    plan: Plan, run: RunDirectory, verdict: str, failure: Failure | None, wall_seconds: float
+) -> dict[str, Any]:
     report = run.report(0)
     outcome = report.get("outcome") or {}
     attempts = run.attempts()
+    step = outcome.get("step", attempts[-1]["kept_step"])
     return {
         "status": verdict,
-        "step": outcome.get("step", attempts[-1]["kept_step"]),
-        "epoch": outcome.get("epoch", report.get("epoch")),
+        "step": step,
+        "epoch": step / plan.steps_per_epoch,
         "metrics": {k: v for k, v in report.items() if k.startswith(("eval/", "train/"))},
         "images_per_second": outcome.get("images_per_second"),
         "attempts": len(attempts),

@@ -153,7 +153,8 @@ def test_all_processes_done_is_completed(supervised):
     gang = MemoryGang(COMPLETE, reports={0: report, 1: {"host": "there"}}, checkpoints=[90, 180])
     result = supervised(gang)
     assert result["status"] == "completed"
-    assert (result["step"], result["epoch"], result["images_per_second"]) == (180, 8.0, 900.0)
+    assert (result["step"], result["images_per_second"]) == (180, 900.0)
+    assert result["epoch"] == pytest.approx(180 * 64 / 1437)
     assert result["metrics"] == {"eval/accuracy": 0.98, "train/loss": 0.1}
     assert (result["attempts"], result["failure"]) == (1, None)
     (attempt,) = supervised.run.attempts()
