@@ -214,6 +214,7 @@ def _configure(jax: Any) -> None:
     """Compiled programs are kept between runs, unless the user has said where."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # Stop requests are agreed on in the step; jax's own service would take SIGTERM from us.
     jax.config.update("jax_enable_preemption_service", False)
 

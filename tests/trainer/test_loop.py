@@ -1,5 +1,6 @@
 """The loop as a whole: exact resume, what is saved and when, and what it says of itself."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_stopped_at_10_and_resumed_to_20_equals_20_steps_bit_for_bit(tmp_path: P
 
 def test_a_run_goes_on_with_the_same_samples_on_another_mesh(tmp_path: Path) -> None:
     run(tmp_path / "a", "model.batch_norm=global", steps=10)
-    run(tmp_path / "b", "model.batch_norm=global", steps=10)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
     there = run(tmp_path / "a", "model.batch_norm=global")
     other = run(tmp_path / "b", "model.batch_norm=global", "mesh.batch=2", "mesh.model=2")
     assert other.metrics["eval/count"] == there.metrics["eval/count"] == 360
@@ -80,10 +81,10 @@ def test_other_data_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_cut_off_between_save_and_score_is_made_up_for(tmp_path: Path) -> None:
-    run(tmp_path, steps=4)
+    run(tmp_path, steps=2)
     scores = tmp_path / "checkpoints" / "scores.json"
     scores.unlink()
-    outcome = run(tmp_path, steps=4)
+    outcome = run(tmp_path, steps=2)
     assert outcome.metrics["eval/count"] == 360
     assert scores.exists()
 
