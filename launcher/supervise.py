@@ -101,8 +101,9 @@ def _attempt(
     asked = killed = False
     try:
         while running:
-            for ended in gang.poll(POLL_SECONDS):
-                running.discard(ended.process)
+            exits = gang.poll(POLL_SECONDS)
+            running -= {ended.process for ended in exits}  # all of them, before the first may end the attempt
+            for ended in exits:
                 codes.append(ended.code)
                 if asked and ended.code == -signal.SIGTERM:
                     killed = True  # it had not begun to train: nothing to save, nobody to wait for

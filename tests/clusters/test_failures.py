@@ -17,8 +17,9 @@ pytestmark = pytest.mark.cluster
 
 def test_a_killed_worker_takes_the_rest_along_and_the_run_goes_on_from_its_checkpoint(run, uninterrupted):
     launched = run.launch()
-    for attempt, victim, step in ((1, 1, SAVE_EVERY + 2), (2, 0, 2 * SAVE_EVERY + 2)):
-        run.wait_for_step(step, attempt=attempt)
+    for attempt, victim, saved in ((1, 1, SAVE_EVERY), (2, 0, 2 * SAVE_EVERY)):
+        run.wait_for_step(saved + 1, attempt=attempt)
+        run.wait_until(lambda saved=saved: saved in run.checkpoint_steps(), f"checkpoint {saved}")
         gang = set(run.workers().values())
         run.kill_workers(victim)
         run.wait_until(lambda gang=gang: not gang & set(run.workers().values()), "the gang is gone", 2)

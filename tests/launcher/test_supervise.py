@@ -56,7 +56,9 @@ class MemoryGang:
     def poll(self, timeout: float) -> list[Exit]:
         self._idle = 0 if self._ended else self._idle + 1
         assert self._idle < 20, "nothing will end any more"
-        return [self._ended.popleft()] if self._ended else []
+        ended = list(self._ended)
+        self._ended.clear()
+        return ended
 
     def ask_to_stop(self) -> None:
         self.asked += 1
