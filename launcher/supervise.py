@@ -180,6 +180,8 @@ def _ledger_line(
         "steps_lost": max(reached - kept, 0),
         "seconds": report.get("seconds", {}),
         "failure": asdict(failure) if failure else None,
+        "cluster": report.get("cluster"),
+        "mesh": report.get("mesh"),
     }
 
 

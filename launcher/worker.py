@@ -167,7 +167,7 @@ def _tell(reporter: Reporter | None, error: Exception, *, retryable: bool) -> No
 
 
 def _train(plan: Plan, member: Membership, reporter: Reporter) -> int:
-    reporter(phase="importing")
+    reporter(phase="importing", cluster=plan.cluster, mesh=plan.mesh)
     import jax
 
     from trainer.loop import train

@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,22 @@ class _KeepBest(policies.PreservationPolicy):
         return [c.step in best for c in checkpoints]
 
 
+class _BackgroundErrors(logging.Handler):
+    """Catches what Orbax's saving thread logs as it fails.
+
+    With several processes Orbax keeps the exception behind a barrier that the others reach only after its
+    time limit of minutes; its log is the one place that has it at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.error: BaseException | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and "background save thread" in record.getMessage():
+            self.error = record.exc_info[1]
+
+
 class Checkpointer:
     """Saves, scores and restores train states below `directory`, on all processes together."""
 
@@ -66,6 +83,8 @@ class Checkpointer:
         self._directory = directory
         self._sign = 1 if config.metric == "eval/accuracy" else -1
         self._writing: int | None = None
+        self._background = _BackgroundErrors()
+        logging.getLogger("absl").addHandler(self._background)
         self._checksummer: threading.Thread | None = None
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
@@ -102,14 +121,16 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Call every step: raises what a background save raised, and checksums one that has committed."""
+        if self._background.error is not None:
+            raise self._background.error
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self._committed()
 
     def wait(self) -> None:
         """Block until the last save is on disk."""
-        if self._writing is not None:
-            self._manager.wait_until_finished()
-            self._committed()
+        while self._writing is not None:
+            self.poll()
+            time.sleep(0.01)
         if self._checksummer is not None:
             self._checksummer.join()
             self._checksummer = None
@@ -134,10 +155,11 @@ class Checkpointer:
 
     def close(self) -> None:
         self.wait()
+        logging.getLogger("absl").removeHandler(self._background)
         self._manager.close()
 
     def _committed(self) -> None:
-        self._manager.check_for_errors()
+        self._manager.wait_until_finished()  # it has: this raises what went wrong, and closes its thread
         step, self._writing = self._writing, None
         if jax.process_index() == 0:
             self._checksummer = threading.Thread(
