@@ -428,6 +428,14 @@ def _find(root: Path, name: str | None) -> "RunDirectory":
 # What is printed
 
 
+def _say(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        # Ctrl-C ends the reader of `launch … | tee log`, too; the run has yet to save.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_plan(plan: "Plan") -> None:
     mesh, model = plan.mesh, plan.config["model"]
     rows = {
@@ -449,25 +457,25 @@ def _print_result(plan: "Plan", directory: "RunDirectory", result: dict[str, Any
 
     metrics, steps = result["metrics"], directory.checkpoint_steps()
     attempts = f"{result['attempts']} attempt{'s' * (result['attempts'] > 1)}"
-    click.echo(
+    _say(
         f"\n{result['status']:<12}step {result['step']} (epoch {result['epoch']:.4g}), {attempts}, {_duration(result['wall_seconds'])}"
     )
     if result["failure"]:
-        click.echo(f"{'cause':<12}{describe(result['failure'])}")
+        _say(f"{'cause':<12}{describe(result['failure'])}")
         for line in result["failure"]["lines"]:
-            click.echo(f"            | {line}")
-        click.echo(f"{'logs':<12}{directory.logs(directory.last_attempt())}")
+            _say(f"            | {line}")
+        _say(f"{'logs':<12}{directory.logs(directory.last_attempt())}")
     if "eval/accuracy" in metrics:
-        click.echo(
+        _say(
             f"{'result':<12}{metrics['eval/accuracy']:.2%} of {metrics['eval/count']} held-out images, "
             f"eval loss {metrics['eval/loss']:.4f}"
         )
     if steps:
-        click.echo(f"{'checkpoints':<12}{directory.path / 'checkpoints'} (newest: step {steps[-1]})")
-    click.echo(f"{'look':<12}tensorboard --logdir {shlex.quote(_logdir(directory))}")
+        _say(f"{'checkpoints':<12}{directory.path / 'checkpoints'} (newest: step {steps[-1]})")
+    _say(f"{'look':<12}tensorboard --logdir {shlex.quote(_logdir(directory))}")
     if result["status"] != "completed":
         mend = "mend it, then " if result["failure"] and not result["failure"]["retryable"] else ""
-        click.echo(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
+        _say(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
 
 
 def _logdir(directory: "RunDirectory") -> str:
@@ -535,7 +543,7 @@ class _Progress:
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         else:
-            click.echo(text)
+            _say(text)
 
     def watch(self, attempt: int, report: dict[str, Any]) -> None:
         if report.get("start") and attempt > self._attempt:
@@ -550,7 +558,7 @@ class _Progress:
         starting = text.endswith("…")
         due = starting or time.monotonic() - self._printed > self.PLAIN_SECONDS
         if text != self._last and due:
-            click.echo(text)
+            _say(text)
             self._last, self._printed = text, time.monotonic()
 
 
