@@ -1,9 +1,10 @@
-"""RunConfig: everything a user can set for one training, in eight sections.
+"""RunConfig: everything a user can set for one training, in nine sections.
 
 Each field's docstring is its help in editors (`launch schema`). Checks that need the machines
 (mesh, batch per device) are the plan's, in launcher/plan.py.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -17,10 +18,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # Strict mode takes no list for a tuple, and YAML has only lists.
-Rgb = Annotated[
-    tuple[float, float, float],
-    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
-]
+_from_list = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+Rgb = Annotated[tuple[float, float, float], _from_list]
+Range = Annotated[tuple[float, float], _from_list]
 
 
 class Section(BaseModel):
@@ -62,7 +62,7 @@ class SplitConfig(Section):
     """One split of `data.source: records`, or the size of a synthetic one."""
 
     path: str | None = None
-    """Folder or gs:// prefix of the records."""
+    """Folder or gs:// prefix that `launch data convert` or `launch data index` has written."""
     num_examples: Many | None = None
     """Number of examples; required for `records` and `synthetic`, known for `digits`."""
 
@@ -90,8 +90,9 @@ class DataConfig(Section):
     """Held-out split."""
     image_size: Annotated[int, Field(ge=8)] = 224
     """Height and width in pixels."""
-    flip: bool = True
-    """Mirror half of the training images, on the device."""
+    eval_resize: Annotated[int, Field(ge=8)] | None = None
+    """Short side in pixels to which evaluation images are resized before the centre crop of `image_size`;
+    null: `image_size` / 0.875, as 256 for 224. `records` only."""
     mean: Rgb = (0.485, 0.456, 0.406)
     """Subtracted from images in [0, 1], per channel."""
     std: Rgb = (0.229, 0.224, 0.225)
@@ -100,6 +101,29 @@ class DataConfig(Section):
     """Threads per process that read and decode; 0 reads in the consumer."""
     prefetch_batches: Positive = 2
     """Batches per process kept ready on the host, and again on the devices."""
+    shuffle: Literal["blocks", "global", "none"] = "blocks"
+    """Order of each epoch. `blocks`: blocks of neighbouring records are shuffled, then records within
+    windows, so that reads are large; `global`: each record by itself; `none`: as stored. Sources in memory
+    take `blocks` as `global`."""
+    block_mib: PositiveFloat = 4.0
+    """Size of a block of neighbouring records, which is what one request reads."""
+    lanes: Positive = 64
+    """Blocks that a batch draws from at once, over all hosts; brought down to what divides the batch. Where
+    the number of hosts divides it, no byte is read by two hosts."""
+    window: Positive = 128
+    """Records of a lane that are shuffled among each other. lanes × window records are in memory, over
+    all hosts."""
+    memory_mib: PositiveFloat = 2048.0
+    """Bytes per process that reading may hold, in MiB."""
+    cache: str | None = None
+    """Folder on a local disk that keeps what was read from gs://, for later epochs and runs."""
+    cache_gib: PositiveFloat = 200.0
+    """Bound of `cache`, in GiB; what was used longest ago goes first."""
+    on_bad_record: Literal["raise", "substitute", "mask"] = "raise"
+    """What becomes of a record that is damaged or does not decode, after re-reading it: `raise` ends the
+    run, `substitute` takes the next record, `mask` counts for nothing in loss and accuracy."""
+    max_bad_records: NonNegative = 100
+    """Bad records per process at which `substitute` and `mask` give up."""
 
     @model_validator(mode="after")
     def _source_is_told_all_it_needs(self) -> Self:
@@ -118,8 +142,59 @@ class DataConfig(Section):
             problems.append(
                 f"data.image_size = {self.image_size} must be a multiple of 8 for data.source = digits"
             )
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            problems.append(
+                f"data.eval_resize = {self.eval_resize} is below data.image_size = {self.image_size}, "
+                "which is cropped from it; raise it"
+            )
         if min(self.std) <= 0:
             problems.append(f"data.std = {list(self.std)} must be above 0 in each channel")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class AugmentConfig(Section):
+    """What is done to training images, and to them alone."""
+
+    crop_scale: Range = (0.08, 1.0)
+    """Share of the image's area that the random crop keeps; [1, 1] crops nothing but the aspect ratio.
+    `records` only."""
+    crop_ratio: Range = (0.75, 4 / 3)
+    """Width ÷ height of the random crop. `records` only."""
+    antialias: bool = False
+    """Filter while shrinking a random crop, as Pillow and torchvision do; slower. Evaluation always does."""
+    randaugment_ops: NonNegative = 0
+    """Operations of RandAugment an image (Cubuk et al. 2019), on the host; 0: none. `records` only."""
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of those operations."""
+    flip: bool = True
+    """Mirror half of the images, on the device."""
+    brightness: Fraction = 0.0
+    """Multiply by a factor in 1 ± this, on the device; as torchvision's ColorJitter."""
+    contrast: Fraction = 0.0
+    """Blend with the image's mean grey by a factor in 1 ± this."""
+    saturation: Fraction = 0.0
+    """Blend with the image in grey by a factor in 1 ± this."""
+    erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a rectangle of 2 to 33 % of the image is set to the mean (Zhong et al. 2017)."""
+    mixup: NonNegativeFloat = 0.0
+    """α of mixup (Zhang et al. 2017): two images and their labels are blended by λ ~ Beta(α, α); 0: off."""
+    cutmix: NonNegativeFloat = 0.0
+    """α of CutMix (Yun et al. 2019): a rectangle of another image is pasted in; 0: off. With `mixup` too,
+    each pair of images takes one of the two."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        problems = []
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            problems.append(
+                f"augment.crop_scale = {list(self.crop_scale)} must be two ascending numbers above 0, up to 1"
+            )
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
+            problems.append(
+                f"augment.crop_ratio = {list(self.crop_ratio)} must be two ascending numbers above 0"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -189,6 +264,8 @@ class ScheduleConfig(Section):
 class CheckpointConfig(Section):
     """Asynchronous Orbax checkpoints. One is also written at each evaluation and at the end."""
 
+    directory: str | None = None
+    """Folder or gs:// prefix for the checkpoints of this run; null: checkpoints/ in the run directory."""
     every_steps: Positive | None = None
     """Steps between checkpoints."""
     every_minutes: PositiveFloat | None = 10.0
@@ -218,6 +295,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -225,12 +303,17 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _classes_suffice(self) -> Self:
+    def _sections_agree(self) -> Self:
         known = DATASETS.get(self.data.source)
         if known and self.model.num_classes < known.num_classes:
             raise ValueError(
                 f"model.num_classes = {self.model.num_classes} is too small: "
                 f"data.source = {self.data.source} has {known.num_classes} classes"
+            )
+        if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
+            raise ValueError(
+                f"train.batch_size = {self.train.batch_size} is odd; augment.mixup and augment.cutmix "
+                "pair the images of a batch"
             )
         return self
 

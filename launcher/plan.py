@@ -161,7 +161,15 @@ _FREE = {
     "checkpoint": None,
     "log": None,
     "train": {"epochs", "steps", "eval_every_epochs"},
-    "data": {"read_threads", "prefetch_batches"},
+    "data": {
+        "read_threads",
+        "prefetch_batches",
+        "memory_mib",
+        "cache",
+        "cache_gib",
+        "on_bad_record",
+        "max_bad_records",
+    },
 }
 
 

@@ -19,7 +19,8 @@ BATCH, STEPS, SAVE_EVERY = 64, 40, 8
 # A constant rate: then runs of every length share one compiled step.
 TINY = f"""
 model: {{name: resnet18, num_classes: 10, stem: small, width: 8, dtype: float32, batch_norm: 16}}
-data: {{source: digits, image_size: 8, flip: false}}
+data: {{source: digits, image_size: 8}}
+augment: {{flip: false}}
 train: {{batch_size: {BATCH}, steps: {STEPS}, eval_every_epochs: null}}
 optimizer: {{learning_rate: 0.02}}
 schedule: {{name: constant}}

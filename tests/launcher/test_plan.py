@@ -163,7 +163,7 @@ def test_where_how_long_and_how_loud_may_change_on_resume(planned, override, clu
     [
         ("model.width=8", "model.width: 16, now 8"),
         ("model.dtype=bfloat16", "model.dtype: float32, now bfloat16"),
-        ("data.flip=true", "data.flip: False, now True"),
+        ("augment.flip=true", "augment.flip: False, now True"),
         ("data.mean=[0, 0, 0]", "data.mean: [0.305, 0.305, 0.305], now [0.0, 0.0, 0.0]"),
         ("train.batch_size=32", "train.batch_size: 64, now 32"),
         ("train.seed=1", "train.seed: 0, now 1"),

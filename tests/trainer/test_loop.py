@@ -26,7 +26,7 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def test_stopped_at_10_and_resumed_to_20_equals_20_steps_bit_for_bit(tmp_path: Path) -> None:
-    settings = ("train.ema_decay=0.9", "data.flip=true")
+    settings = ("train.ema_decay=0.9", "augment.flip=true")
     whole = run(tmp_path / "whole", *settings)
     recorder = Recorder(stop_at=8)  # asked while step 8 is begun; agreed two steps later
     first = run(tmp_path / "parts", *settings, recorder=recorder)

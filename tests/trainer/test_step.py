@@ -123,7 +123,7 @@ def test_what_one_process_asks_all_processes_read() -> None:
 
 
 def test_flip_mirrors_about_half_and_changes_from_step_to_step() -> None:
-    data = config_of("data.flip=true").data
+    data = config_of("augment.flip=true").data
     images = jnp.broadcast_to(jnp.arange(8, dtype=jnp.uint8)[None, None, :, None] * 30, (256, 8, 8, 3))
     mirrored = [
         np.asarray(_augment(images, data, jax.random.key(k)))[:, 0, 0, 0]

@@ -1,0 +1,378 @@
+"""Where datasets lie: a folder or a gs:// prefix, behind one interface.
+
+The Google client lists, uploads and finds credentials; bodies are read over its authorized session, which
+costs a tenth of the client's own download path.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from urllib.parse import quote
+
+from configs.errors import UserError
+from configs.files import write_atomically
+
+if TYPE_CHECKING:
+    from google.cloud.storage import Client
+
+CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0
+CONNECTIONS = 32
+CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object of a store, as it was when listed."""
+
+    name: str
+    size: int
+    generation: int
+    """GCS generation, or a file's modification time in ns: another one is another content."""
+    crc32c: int | None
+    """Checksum of the whole object where the store knows it: GCS does, folders do not."""
+
+
+class TransientError(Exception):
+    """A read that failed and may well work again: an overloaded server, a broken connection, a short body."""
+
+    def __init__(self, message: str, *, throttled: bool = False):
+        super().__init__(message)
+        self.throttled = throttled
+
+
+class AbandonedError(Exception):
+    """A read whose result is no longer wanted."""
+
+
+class Store(Protocol):
+    """Objects below one address, named relative to it."""
+
+    url: str
+
+    def list(self) -> list[Object]:
+        """All objects, by name. Raises UserError where the place cannot be read."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable reader, for tools that scan whole objects."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """A small object as a whole. Raises FileNotFoundError."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a small object at once, wholly or not at all."""
+        ...
+
+    def upload(self, name: str, file: Path) -> None:
+        """Move a local file here, checksummed on the way."""
+        ...
+
+    def delete(self, name: str) -> None: ...
+
+    def fetch(
+        self, obj: Object, offset: int, into: Sequence[memoryview], abandoned: Callable[[], bool]
+    ) -> None:
+        """Fill the buffers, one after another, with the bytes of `obj` from `offset` on.
+
+        Raises TransientError, AbandonedError once `abandoned()`, and UserError where the object has been
+        replaced or removed, or may not be read.
+        """
+        ...
+
+
+def open_store(url: str) -> Store:
+    """The store at a folder or gs://bucket/prefix. Raises UserError where the address is none."""
+    if url.startswith("gs://"):
+        return Bucket(url)
+    if "://" in url:
+        raise UserError(f"{url}: data lies in a folder or under gs://")
+    return Folder(Path(url))
+
+
+class Folder:
+    """Files of a folder, without its subfolders' and hidden ones."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.url = str(path)
+
+    def list(self) -> list[Object]:
+        if not self._path.is_dir():
+            raise UserError(f"{self.url}: there is no such folder")
+        try:
+            files = sorted(p for p in self._path.iterdir() if p.is_file() and not p.name.startswith("."))
+            return [self._object(p.name, p.stat()) for p in files]
+        except PermissionError:
+            raise UserError(f"{self.url}: no permission to read it") from None
+
+    def open(self, name: str) -> BinaryIO:
+        return (self._path / name).open("rb")
+
+    def read(self, name: str) -> bytes:
+        return (self._path / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        self._path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path / name, content)
+
+    def upload(self, name: str, file: Path) -> None:
+        self._path.mkdir(parents=True, exist_ok=True)
+        file.replace(self._path / name)
+
+    def delete(self, name: str) -> None:
+        (self._path / name).unlink(missing_ok=True)
+
+    def fetch(
+        self, obj: Object, offset: int, into: Sequence[memoryview], abandoned: Callable[[], bool]
+    ) -> None:
+        try:
+            # Opened for each read: thousands of shards would exceed the limit of open files.
+            descriptor = os.open(self._path / obj.name, os.O_RDONLY)
+        except FileNotFoundError:
+            raise _gone(self.url, obj) from None
+        except PermissionError:
+            raise UserError(f"{self.url}/{obj.name}: no permission to read it") from None
+        try:
+            if self._object(obj.name, os.fstat(descriptor)) != obj:
+                raise _replaced(self.url, obj)
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            _read_vectored(descriptor, into, f"{self.url}/{obj.name}")
+        except OSError as e:
+            raise TransientError(f"{self.url}/{obj.name}: {e}") from None
+        finally:
+            os.close(descriptor)
+
+    def _object(self, name: str, stat: os.stat_result) -> Object:
+        return Object(name, stat.st_size, stat.st_mtime_ns, None)
+
+
+def _read_vectored(descriptor: int, into: Sequence[memoryview], where: str) -> None:
+    views = list(into)
+    while views:
+        got = os.readv(descriptor, views[:1024])  # the kernel takes 1,024 buffers a call
+        if got == 0:
+            raise TransientError(f"{where}: ends {sum(map(len, views)):,} bytes early")
+        while views and got >= len(views[0]):
+            got -= len(views.pop(0))
+        if got:
+            views[0] = views[0][got:]
+
+
+class Bucket:
+    """Objects below gs://bucket/prefix, without those of deeper folders."""
+
+    def __init__(self, url: str):
+        from google.auth.exceptions import GoogleAuthError
+
+        name, _, prefix = url.removeprefix("gs://").partition("/")
+        if not name:
+            raise UserError(f"{url}: names no bucket; give gs://bucket/prefix")
+        self.url = url.rstrip("/")
+        try:
+            self._client = _client()
+        except (GoogleAuthError, ValueError, OSError) as e:
+            raise UserError(f"{url}: the Google credentials cannot be used: {_first_line(e)}") from None
+        self._bucket = self._client.bucket(name)
+        self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
+        self._session = _session(self._client)
+
+    def list(self) -> list[Object]:
+        with _explained(self.url):
+            blobs = self._client.list_blobs(
+                self._bucket, prefix=self._prefix, delimiter="/", retry=_retry(), timeout=READ_SECONDS
+            )
+            return [
+                Object(
+                    b.name.removeprefix(self._prefix), b.size, b.generation, int.from_bytes(_base64(b.crc32c))
+                )
+                for b in blobs
+                if b.name != self._prefix
+            ]
+
+    def open(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, self._blob(name).open("rb", retry=_retry()))
+
+    def read(self, name: str) -> bytes:
+        from google.cloud.exceptions import NotFound
+
+        with _explained(self.url):
+            try:
+                return cast(bytes, self._blob(name).download_as_bytes(retry=_retry(), checksum="crc32c"))
+            except NotFound:
+                # A missing bucket is a 404 just as a missing object is.
+                next(iter(self._client.list_blobs(self._bucket, max_results=1, retry=_retry())), None)
+                raise FileNotFoundError(f"{self.url}/{name}") from None
+
+    def write(self, name: str, content: bytes) -> None:
+        with _explained(self.url):
+            self._blob(name).upload_from_string(
+                content, "application/octet-stream", checksum="crc32c", retry=_retry()
+            )
+
+    def upload(self, name: str, file: Path) -> None:
+        with _explained(self.url):
+            self._blob(name).upload_from_filename(str(file), checksum="crc32c", retry=_retry())
+        file.unlink()
+
+    def delete(self, name: str) -> None:
+        from google.cloud.exceptions import NotFound
+
+        with _explained(self.url):
+            try:
+                self._blob(name).delete(retry=_retry())
+            except NotFound:
+                pass
+
+    def fetch(
+        self, obj: Object, offset: int, into: Sequence[memoryview], abandoned: Callable[[], bool]
+    ) -> None:
+        import requests
+        import urllib3
+        from google.auth.exceptions import GoogleAuthError, TransportError
+
+        where = f"{self.url}/{obj.name}"
+        size = sum(len(view) for view in into)
+        path = f"/download/storage/v1/b/{self._bucket.name}/o/{quote(self._prefix + obj.name, safe='')}"
+        try:
+            response = self._session.get(
+                f"{self._client.api_endpoint}{path}",
+                params={"alt": "media", "generation": obj.generation},
+                # Identity: a body that the server compresses has other offsets.
+                headers={"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"},
+                stream=True,
+                timeout=(CONNECT_SECONDS, READ_SECONDS),
+            )
+            with response:
+                self._check(response, obj, where)
+                _fill(response.raw, into, where, abandoned)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, TransportError, OSError) as e:
+            raise TransientError(f"{where}: {_first_line(e)}") from None
+        except GoogleAuthError as e:
+            raise UserError(
+                f"{where}: the Google credentials were refused ({_first_line(e)}); "
+                "renew them, as with `gcloud auth application-default login`"
+            ) from None
+
+    def _check(self, response: Any, obj: Object, where: str) -> None:
+        status = response.status_code
+        if status in (408, 429) or status >= 500:
+            raise TransientError(f"{where}: HTTP {status}", throttled=status == 429)
+        if status in (401, 403):
+            raise UserError(_denied(where, status))
+        if status == 404:
+            blob = self._bucket.get_blob(self._prefix + obj.name, retry=_retry())
+            raise _gone(self.url, obj) if blob is None else _replaced(self.url, obj)
+        generation = response.headers.get("x-goog-generation")
+        if generation is not None and int(generation) != obj.generation:
+            raise _replaced(self.url, obj)
+        if status != 206:
+            raise TransientError(f"{where}: HTTP {status} instead of 206 for a range")
+
+    def _blob(self, name: str) -> Any:
+        return self._bucket.blob(self._prefix + name)
+
+
+def _fill(raw: Any, into: Sequence[memoryview], where: str, abandoned: Callable[[], bool]) -> None:
+    """Copy a response's body into the buffers: the one copy that its bytes see in this process."""
+    views = iter(into)
+    view = next(views)
+    while chunk := memoryview(raw.read(CHUNK_BYTES)):
+        if abandoned():
+            raise AbandonedError
+        while len(chunk) >= len(view):
+            view[:] = chunk[: len(view)]
+            chunk = chunk[len(view) :]
+            following = next(views, None)
+            if following is None:
+                if len(chunk):
+                    raise TransientError(f"{where}: the body is longer than asked for")
+                return
+            view = following
+        view[: len(chunk)] = chunk
+        view = view[len(chunk) :]
+    raise TransientError(f"{where}: the body ends {sum(map(len, [view, *views])):,} bytes early")
+
+
+def _client() -> "Client":
+    """With application-default or service-account credentials; without any, as for a public bucket."""
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import storage
+
+    try:
+        return storage.Client()
+    except DefaultCredentialsError as e:
+        if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            raise ValueError(f"GOOGLE_APPLICATION_CREDENTIALS: {_first_line(e)}") from None
+        return storage.Client.create_anonymous_client()
+
+
+def _session(client: "Client") -> Any:
+    from google.auth.transport.requests import AuthorizedSession
+    from requests.adapters import HTTPAdapter
+
+    session = AuthorizedSession(client._credentials)
+    for scheme in ("https://", "http://"):
+        # Retries are the reader's, which counts them.
+        session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=2 * CONNECTIONS, max_retries=0))
+    return session
+
+
+def _retry() -> Any:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(30.0).with_delay(initial=0.1, maximum=4.0)
+
+
+class _explained:  # noqa: N801 (used as a function)
+    """Google's errors in one line for the user."""
+
+    def __init__(self, url: str):
+        self._url = url
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        from google.api_core.exceptions import GoogleAPICallError, NotFound, RetryError
+        from google.auth.exceptions import GoogleAuthError, TransportError
+        from requests.exceptions import RequestException
+
+        if isinstance(error, NotFound):
+            raise UserError(f"{self._url}: there is no such bucket") from None
+        if isinstance(error, GoogleAPICallError) and error.code in (401, 403):
+            raise UserError(_denied(self._url, error.code)) from None
+        if isinstance(error, (RequestException, TransportError, RetryError, GoogleAPICallError)):
+            raise TransientError(f"{self._url} cannot be reached: {_first_line(error)}") from None
+        if isinstance(error, GoogleAuthError):
+            raise UserError(f"{self._url}: the Google credentials were refused: {_first_line(error)}") from None
+
+
+def _denied(where: str, status: int) -> str:
+    return (
+        f"{where}: no permission to read it (HTTP {status}); give these credentials the role "
+        "Storage Object Viewer, or log in with `gcloud auth application-default login`"
+    )
+
+
+def _gone(url: str, obj: Object) -> UserError:
+    return UserError(f"{url}/{obj.name} is gone since the run began; restore it, then launch again")
+
+
+def _replaced(url: str, obj: Object) -> UserError:
+    return UserError(
+        f"{url}/{obj.name} was overwritten since the run began (it was generation {obj.generation}); "
+        "restore it, or index the new data and begin another run with --name"
+    )
+
+
+def _base64(text: str) -> bytes:
+    import base64
+
+    return base64.b64decode(text)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,172 @@
+"""What the reader knows of a dataset: a table of records, whatever container holds their bytes.
+
+    manifest.json        shards with size and checksum, class names, format; published last
+    records.npy          a row a record, in the order of the shards: offset, length, crc32c, label
+
+Both are written by `launch data convert` or `launch data index`, beside the shards or, with `base`, elsewhere.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from configs.errors import UserError
+from trainer.data.storage import Object, Store, open_store
+
+MANIFEST, RECORDS = "manifest.json", "records.npy"
+VERSION = 1
+RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
+"""One record: the bytes [offset, offset + length) of its shard, framing included, hold the encoded image;
+crc32c (RFC 3720, appendix B.4) is of the image without framing."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One object that holds records."""
+
+    name: str
+    size: int
+    crc32c: int
+    """Of the whole object."""
+    num_records: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset, without its rows."""
+
+    format: str
+    """A name of trainer.data.formats."""
+    shards: tuple[Shard, ...]
+    records_sha256: str
+    """Of the rows, as bytes."""
+    classes: tuple[str, ...] | None
+    """Name of each label, where known."""
+    base: str | None = None
+    """Address of the shards, where they do not lie beside the manifest."""
+    version: int = VERSION
+
+    @property
+    def digest(self) -> str:
+        """Identifies the samples and their numbering, wherever they lie: SHA-256 in hex."""
+        identity = [self.format, self.records_sha256, [(s.name, s.size, s.crc32c) for s in self.shards]]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @property
+    def num_examples(self) -> int:
+        return sum(s.num_records for s in self.shards)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that has been opened: its shards as they are now, and its rows."""
+
+    manifest: Manifest
+    store: Store
+    objects: tuple[Object, ...]
+    """The shards, pinned to the generation that was listed."""
+    records: np.ndarray
+    """(num_examples,) RECORD."""
+    first: np.ndarray
+    """(shards + 1,) int64: index of each shard's first record, and the number of all."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def publish(
+    destination: Store,
+    *,
+    format: str,
+    shards: Sequence[Shard],
+    records: np.ndarray,
+    classes: Sequence[str] | None,
+    base: str | None = None,
+) -> Manifest:
+    """Write the rows, then the manifest, without which nothing of a dataset is seen."""
+    assert records.dtype == RECORD
+    assert len(records) == sum(s.num_records for s in shards)
+    buffer = io.BytesIO()
+    np.save(buffer, records, allow_pickle=False)
+    manifest = Manifest(
+        format=format,
+        shards=tuple(shards),
+        records_sha256=hashlib.sha256(records.tobytes()).hexdigest(),
+        classes=tuple(classes) if classes is not None else None,
+        base=base,
+    )
+    destination.write(RECORDS, buffer.getvalue())
+    destination.write(MANIFEST, json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode())
+    return manifest
+
+
+def open_dataset(url: str) -> Dataset:
+    """Read and check a dataset. Raises UserError where it is not what its manifest says."""
+    home = open_store(url)
+    try:
+        manifest = parse_manifest(home.read(MANIFEST), url)
+        buffer = home.read(RECORDS)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(_without_manifest(home)) from None
+    records = np.load(io.BytesIO(buffer), allow_pickle=False)
+    if (
+        records.dtype != RECORD
+        or hashlib.sha256(records.tobytes()).hexdigest() != manifest.records_sha256
+        or len(records) != manifest.num_examples
+    ):
+        raise UserError(f"{url}/{RECORDS} is not that of {MANIFEST}; run `launch data index` on the shards")
+    store = open_store(manifest.base) if manifest.base else home
+    listed = {obj.name: obj for obj in store.list()}
+    objects = tuple(_found(shard, listed, store.url) for shard in manifest.shards)
+    first = np.concatenate([[0], np.cumsum([s.num_records for s in manifest.shards])]).astype(np.int64)
+    return Dataset(manifest, store, objects, records, first)
+
+
+def parse_manifest(content: bytes, url: str) -> Manifest:
+    try:
+        fields = json.loads(content)
+        if fields.get("version") != VERSION:
+            raise UserError(
+                f"{url}/{MANIFEST} has version {fields.get('version')}; this podlaunch reads {VERSION}: "
+                "run `launch data index` on the shards"
+            )
+        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+        fields["classes"] = tuple(fields["classes"]) if fields["classes"] is not None else None
+        return Manifest(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{url}/{MANIFEST} cannot be read ({e}); run `launch data index`") from None
+
+
+def _found(shard: Shard, listed: dict[str, Object], url: str) -> Object:
+    obj = listed.get(shard.name)
+    if obj is None:
+        raise UserError(f"{url}/{shard.name} is missing; the manifest lists it. Copy it there again")
+    if obj.size != shard.size:
+        what = "is cut off" if obj.size < shard.size else "is longer than it was"
+        raise UserError(
+            f"{url}/{shard.name} {what}: {obj.size:,} bytes, the manifest has {shard.size:,}. "
+            "Copy it there again, or run `launch data index` if it was meant to change"
+        )
+    if obj.crc32c is not None and obj.crc32c != shard.crc32c:
+        raise UserError(
+            f"{url}/{shard.name} has other contents than its manifest says (crc32c {obj.crc32c:08x}, not "
+            f"{shard.crc32c:08x}); copy it there again, or run `launch data index` if it was meant to change"
+        )
+    return obj
+
+
+def _without_manifest(home: Store) -> str:
+    """Why there is nothing to read at a place, and what to do."""
+    names = [obj.name for obj in home.list()]
+    if not names:
+        return f"{home.url} is empty; `launch data convert` fills it"
+    return (
+        f"{home.url} holds {len(names)} objects ({names[0]}, …) but no {MANIFEST}: write it with "
+        "`launch data index` for shards, or convert your images with `launch data convert`"
+    )
