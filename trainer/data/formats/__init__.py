@@ -4,38 +4,53 @@ A new format is one file here, with SUFFIXES, FRAMING and scan, and one line in 
 scanned once, into the table of trainer/data/table.py; training reads by that table alone.
 """
 
-from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, Protocol, cast
+import re
+from collections.abc import Iterable
+from typing import cast
 
+from configs.errors import UserError
 from trainer.data.formats import array_record, tfrecord, webdataset
+from trainer.data.formats.entry import Entry, Format, Framing
+
+__all__ = ["FORMATS", "Entry", "Format", "Framing", "detect", "format_of"]
+
+FORMATS: dict[str, Format] = {
+    "array_record": cast(Format, array_record),
+    "tfrecord": cast(Format, tfrecord),
+    "webdataset": cast(Format, webdataset),
+}
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4")
+_NUMBERING = re.compile(r"-\d+-of-\d+$")
 
 
-class Entry(NamedTuple):
-    """One record as a scan finds it."""
-
-    offset: int
-    """Of the image's first byte in the shard."""
-    length: int
-    """Bytes from there to the image's last, framing included."""
-    label: int
-    image: bytes
-    """The encoded image, without framing."""
+def format_of(name: str) -> str | None:
+    """The format that a shard's name tells, if any."""
+    stem = _NUMBERING.sub("", name)
+    for format_name, module in FORMATS.items():
+        if stem.endswith(module.SUFFIXES):
+            return format_name
+    # Those of the first ImageNet scripts: train-00000-of-01024.
+    return "tfrecord" if stem != name and "." not in stem else None
 
 
-class Framing(NamedTuple):
-    """Bytes of the container itself amid those of a record: each multiple of `period` begins with `header` bytes."""
+def detect(names: Iterable[str]) -> str:
+    """The one format of shards so named; names of other files are passed over.
 
-    period: int
-    header: int
-
-
-class Format(Protocol):
-    """What a format's module holds."""
-
-    SUFFIXES: tuple[str, ...]
-    """Endings of its shards' names."""
-    FRAMING: Framing | None
-
-    def scan(self, file: BinaryIO) -> Iterator[Entry]:
-        """The records of a shard, in order. Raises ValueError, with the byte, where it is damaged or cut off."""
-        ...
+    Raises UserError where there is no shard, a compressed one, or more than one format.
+    """
+    names = list(names)
+    examples = {name_format: name for name in reversed(names) if (name_format := format_of(name))}
+    if len(examples) > 1:
+        found = " and ".join(f"{name_format} ({name})" for name_format, name in sorted(examples.items()))
+        raise UserError(f"shards of several formats: {found}; put each into a folder of its own")
+    if examples:
+        return next(iter(examples))
+    for name in names:
+        if name.endswith(_COMPRESSED):
+            raise UserError(
+                f"{name} is compressed, which cannot be read in ranges; decompress the shards first"
+            )
+    known = ", ".join(suffix for module in FORMATS.values() for suffix in module.SUFFIXES)
+    raise UserError(
+        f"no shards: {', '.join(names[:3]) or 'nothing there'}; the endings of shards are {known}"
+    )

@@ -1,0 +1,87 @@
+"""ArrayRecord files of tf.train.Example: what `launch data convert` writes, and upstream Grain reads.
+
+A Riegeli file (https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md): chunks, with
+24 bytes of header before each 64 KiB block, here called frames. With group_size:1,uncompressed a chunk holds
+one record as it is. The last 64 KiB are ArrayRecord's postscript, which says where the records end
+(https://github.com/google/array_record/blob/main/cpp/layout.proto).
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from trainer.data.formats import example
+from trainer.data.formats.entry import Entry, Framing
+
+SUFFIXES = (".array_record", ".arrayrecord")
+FRAMING = Framing(1 << 16, 24)
+OPTIONS = "group_size:1,uncompressed"
+_PAYLOAD = FRAMING.period - FRAMING.header
+_CHUNK = struct.Struct("<8xQ8xQQ")  # hashes, which are HighwayHash, are left to upstream's reader
+_MAGIC = 0x71930E704FDAE05E
+
+
+def scan(file: BinaryIO) -> Iterator[Entry]:
+    """Positions in here are those of the payload, as if there were no frames, unless called offsets."""
+    at, stop = 0, _unframed(_footer_offset(file))
+    while at < stop:
+        size, type_and_count, decoded_size = _CHUNK.unpack(_read(file, at, _CHUNK.size))
+        kind, num_records = chr(type_and_count & 0xFF), type_and_count >> 8
+        at += _CHUNK.size
+        if kind == "r":
+            chunk = _read(file, at, size)
+            if num_records != 1 or chunk[0]:
+                what = f"{num_records} records in a chunk" if num_records != 1 else "compressed records"
+                raise ValueError(f"it has {what} (byte {_framed(at):,}); write it anew with {OPTIONS}")
+            yield _entry(chunk[size - decoded_size :], at + size - decoded_size)
+        elif kind not in "smp":  # signature, metadata, padding
+            raise ValueError(f"byte {_framed(at):,} begins no chunk that {OPTIONS} writes; is it damaged?")
+        at += size
+
+
+def _entry(record: bytes, at: int) -> Entry:
+    try:
+        start, stop, label = example.find(record)
+    except ValueError as e:
+        raise ValueError(f"the record at byte {_framed(at):,}: {e}") from None
+    if start == stop:
+        raise ValueError(f"the record at byte {_framed(at):,}: its image is empty")
+    offset = _framed(at + start)
+    return Entry(offset, _framed(at + stop - 1) + 1 - offset, label, record[start:stop])
+
+
+def _framed(position: int) -> int:
+    """Offset in the file of a byte of the payload."""
+    block, rest = divmod(position, _PAYLOAD)
+    return block * FRAMING.period + FRAMING.header + rest
+
+
+def _unframed(offset: int) -> int:
+    block, rest = divmod(offset, FRAMING.period)
+    return block * _PAYLOAD + max(0, rest - FRAMING.header)
+
+
+def _read(file: BinaryIO, position: int, size: int) -> bytes:
+    offset = _framed(position)
+    length = _framed(position + size - 1) + 1 - offset if size else 0
+    file.seek(offset)
+    data = file.read(length)
+    if len(data) < length:
+        raise ValueError(f"it is damaged or cut off at byte {offset + len(data):,}")
+    return FRAMING.strip(data, offset)
+
+
+def _footer_offset(file: BinaryIO) -> int:
+    """Where the records end. It stands in the last block, in equal records of the one chunk there."""
+    size = file.seek(0, 2)
+    if size >= 2 * FRAMING.period and size % FRAMING.period == 0:
+        at = _unframed(size - FRAMING.period)
+        chunk_size, type_and_count, decoded_size = _CHUNK.unpack(_read(file, at, _CHUNK.size))
+        num_records = type_and_count >> 8
+        if num_records and decoded_size <= chunk_size < 1024:
+            chunk = _read(file, at + _CHUNK.size, chunk_size)
+            postscript = chunk[chunk_size - decoded_size :][: decoded_size // num_records]
+            values = example.varints(postscript)
+            if values.get(2) == _MAGIC and values.get(1, size) < size:
+                return values[1]
+    raise ValueError(f"it has no ArrayRecord postscript at its end, byte {size:,}: it is cut off, or is none")

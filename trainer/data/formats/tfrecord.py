@@ -1,0 +1,51 @@
+"""TFRecord files of tf.train.Example, read in place: the ImageNet of TFDS and of the TPU world.
+
+A record is a length (uint64), its masked crc32c, the data and its masked crc32c, all little-endian
+(https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details).
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import google_crc32c
+
+from trainer.data.formats import example
+from trainer.data.formats.entry import Entry
+
+SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec")
+FRAMING = None
+_HEADER = struct.Struct("<QI")
+
+
+def scan(file: BinaryIO) -> Iterator[Entry]:
+    at = 0
+    while header := file.read(_HEADER.size):
+        if at == 0 and header[:2] == b"\x1f\x8b":
+            raise ValueError(
+                "it is compressed with gzip, which cannot be read in ranges; decompress it first"
+            )
+        if len(header) < _HEADER.size:
+            raise ValueError(f"it is cut off in the record at byte {at:,}")
+        length, checksum = _HEADER.unpack(header)
+        if masked_crc32c(header[:8]) != checksum:
+            raise ValueError(f"the length at byte {at:,} does not match its checksum")
+        record = file.read(length)
+        trailer = file.read(4)
+        if len(record) < length or len(trailer) < 4:
+            raise ValueError(f"it is cut off in the record at byte {at:,}")
+        if masked_crc32c(record) != int.from_bytes(trailer, "little"):
+            raise ValueError(f"the record at byte {at:,} does not match its checksum")
+        try:
+            found = example.find(record)
+        except ValueError as e:
+            raise ValueError(f"the record at byte {at:,}: {e}") from None
+        image = record[found.start : found.stop]
+        yield Entry(at + _HEADER.size + found.start, len(image), found.label, image)
+        at += _HEADER.size + length + 4
+
+
+def masked_crc32c(data: bytes) -> int:
+    """crc32c rotated and shifted by a constant, since a checksum of data that holds checksums is weak."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,0 +1,73 @@
+"""WebDataset tars, read in place: neighbouring members of one key are a sample.
+
+The key is a member's path up to the first dot of its base name; what follows says what it holds
+(https://github.com/webdataset/webdataset#the-webdataset-format).
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from typing import BinaryIO
+
+from trainer.data.formats.entry import Entry
+
+SUFFIXES = (".tar",)
+FRAMING = None
+IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
+
+
+def scan(file: BinaryIO) -> Iterator[Entry]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            files = (m for m in tar if m.isfile() and not m.name.rpartition("/")[2].startswith("."))
+            for key, members in groupby(files, key=lambda member: _split(member.name)[0]):
+                yield _sample(file, key, {_split(m.name)[1]: m for m in members})
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all
+            _check_end(file, tar.offset)
+    except tarfile.TarError as e:
+        raise ValueError(f"it is no tar file, or is cut off at byte {file.seek(0, 2):,} ({e})") from None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension of a member."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _sample(file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]) -> Entry:
+    images = [m for extension, m in members.items() if extension in IMAGES]
+    if len(images) != 1:
+        raise ValueError(f"sample {key!r} has {len(images)} images (it holds {', '.join(members)})")
+    label = _label(file, key, members)
+    return Entry(images[0].offset_data, images[0].size, label, _read(file, images[0]))
+
+
+def _label(file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]) -> int:
+    try:
+        if "cls" in members:
+            return int(_read(file, members["cls"]))
+        if "json" in members:
+            fields = json.loads(_read(file, members["json"]))
+            return int(fields["label"] if "label" in fields else fields["cls"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"sample {key!r}: its label is no whole number") from None
+    raise ValueError(f"sample {key!r} has no label: neither .cls nor .json (it holds {', '.join(members)})")
+
+
+def _read(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    content = file.read(member.size)
+    if len(content) < member.size:
+        raise ValueError(f"it is cut off in {member.name} at byte {member.offset_data:,}")
+    return content
+
+
+def _check_end(file: BinaryIO, at: int) -> None:
+    """tarfile takes any bytes that are no header for the end; the true one is a block of zeros."""
+    file.seek(at)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise ValueError(
+            f"it is damaged or cut off at byte {at:,}: neither a member nor the end of the archive"
+        )
