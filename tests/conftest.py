@@ -1,7 +1,12 @@
-"""Four CPU devices in every test process, and cache folders of the session's own."""
+"""Four CPU devices in every test process, cache folders of the session's own, and a Cloud Storage to each test."""
 
 import os
 import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from tests import gcs as gcs_server
 
 # Read by jax when a test module first imports it, so set before any is collected. What two tests compile is
 # compiled once; nothing of the user's own cache is read or written.
@@ -15,3 +20,13 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "XDG_CACHE_HOME": _CACHE.name,
 }
+
+
+@pytest.fixture
+def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[gcs_server.Server]:
+    """A Cloud Storage of the test's own, which Google's client, gcsfs and TensorStore find, here and in children."""
+    server = gcs_server.Server()
+    for name, value in gcs_server.environment(server.address).items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.close()
