@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PARQUET = ["pyarrow>=17"]
 ACCELERATORS = {
     "tpu": ["jax[tpu]"],
     "cuda12": ["jax[cuda12]"],
@@ -40,7 +41,9 @@ setup(
     ],
     extras_require={
         **ACCELERATORS,
+        "parquet": PARQUET,
         "test": [
+            *PARQUET,
             "gcp-storage-emulator",
             "import-linter",
             "jsonschema",

@@ -1,4 +1,4 @@
-"""The `launch` command: parse, print, exit code. The only place that prints.
+"""The `launch` command: parse, print, exit code. With data.py the only place that prints.
 
 Heavy modules are imported where they are used: `launch --help` answers before pydantic would have loaded.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from configs.errors import UserError
+from launcher.data import data
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -311,6 +312,9 @@ def schema(file: Path | None) -> None:
             file.write_text(text, encoding="utf-8")
         except OSError as e:
             raise UserError(f"{file} cannot be written: {e.strerror}") from None
+
+
+main.add_command(data)
 
 
 # From arguments to a plan

@@ -1,0 +1,314 @@
+"""`launch data convert`: images from wherever they are into shards of ArrayRecord that training streams.
+
+convert.json       what is converted, and how: a killed conversion goes on only with the same
+NNNNN-KK.array_record   shard KK of part NNNNN: written, read back, then moved or uploaded
+NNNNN.part         the rows of a part whose shards are all there; deleted once the manifest is
+records.npy, manifest.json   published last: without them nothing of this is a dataset
+"""
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from configs.errors import UserError
+from trainer.data.formats import array_record, example
+from trainer.data.storage import Object, Store, open_store
+from trainer.data.table import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
+from trainer.data.tools import inputs, parallel
+from trainer.data.tools.images import is_image, shrink
+from trainer.data.tools.inputs import Item, Listing, Part
+from trainer.data.tools.shards import checksum, place, split_pattern
+
+JOURNAL = "convert.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose, and what makes the same input the same dataset."""
+
+    kind: str
+    """One of inputs.KINDS."""
+    resize: int | None = None
+    """Short side in pixels to which larger images are brought."""
+    shard_mib: int = 128
+    """Size of a shard, before any resizing."""
+    first_label: int = 0
+    """Subtracted from labels."""
+    seed: int = 0
+    """Of the order in which an imagefolder is written."""
+    classes: tuple[str, ...] | None = None
+    """Name of each label; None: as the input says."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A part of the input that lies at the destination."""
+
+    number: int
+    shards: tuple[Shard, ...]
+    records: np.ndarray
+    """RECORD rows of all its shards."""
+
+
+Progress = Callable[[int, int], None]
+"""Told the images and the bytes of each part that is there."""
+
+
+def convert(
+    source: str, destination: str, settings: Settings, *, jobs: int, begin: Callable[[int, int], Progress]
+) -> Manifest:
+    """Write the dataset, going on where a killed conversion was; one that is complete is left as it is.
+
+    `begin` is told the number of parts and the bytes of the input, before the first is read. Raises UserError
+    where the input cannot be converted whole; then nothing is published.
+    """
+    _check_apart(source, destination, settings.kind)
+    listing = inputs.list_input(
+        settings.kind,
+        source,
+        classes=settings.classes,
+        part_bytes=settings.shard_mib << 20,
+        seed=settings.seed,
+    )
+    home = open_store(destination)
+    with _locked(destination) as scratch:
+        objects = _begun(home, _journal(source, settings, listing))
+        if MANIFEST in objects:
+            manifest = parse_manifest(home.read(MANIFEST), destination)
+        else:
+            manifest = _convert(home, objects, listing, settings, scratch, jobs, begin)
+        _clean(home, scratch)
+    return manifest
+
+
+def read_classes(url: str) -> tuple[str, ...]:
+    """The class names of another dataset."""
+    try:
+        classes = parse_manifest(open_store(url).read(MANIFEST), url).classes
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"--classes {url}: no {MANIFEST} there; convert that split first") from None
+    if classes is None:
+        raise UserError(f"--classes {url}: this dataset has no class names; leave the option out")
+    return classes
+
+
+def _convert(
+    home: Store,
+    objects: dict[str, Object],
+    listing: Listing,
+    settings: Settings,
+    scratch: Path,
+    jobs: int,
+    begin: Callable[[int, int], Progress],
+) -> Manifest:
+    progress = begin(len(listing.parts), sum(part.num_bytes for part in listing.parts))
+    done = {w.number: w for w in _finished(home, objects)}
+    for number, written in done.items():
+        progress(len(written.records), listing.parts[number].num_bytes)
+    rest = [(number, part) for number, part in enumerate(listing.parts) if number not in done]
+    work = partial(_write_part, home.url, scratch, settings, listing.classes)
+    for written in parallel.run(work, rest, jobs):
+        done[written.number] = written
+        progress(len(written.records), listing.parts[written.number].num_bytes)
+    ordered = [done[number] for number in range(len(listing.parts))]
+    records = np.concatenate([written.records for written in ordered])
+    if not len(records):
+        raise UserError("there is not one image in it")
+    return publish(
+        home,
+        format="array_record",
+        shards=list(chain.from_iterable(written.shards for written in ordered)),
+        records=records,
+        classes=listing.classes,
+    )
+
+
+# One part
+
+
+def _write_part(
+    destination: str,
+    scratch: Path,
+    settings: Settings,
+    classes: Sequence[str] | None,
+    numbered: tuple[int, Part],
+) -> Written:
+    number, part = numbered
+    home = open_store(destination)
+    shards, rows = [], []
+    for k, items in enumerate(_shards(part.items(), settings.shard_mib << 20)):
+        name = f"{number:05}-{k:02}.array_record"
+        shard, records = _write_shard(home, scratch / f".{name}.partial", name, items, settings, classes)
+        shards.append(shard)
+        rows.append(records)
+    written = Written(number, tuple(shards), np.concatenate(rows) if rows else np.empty(0, RECORD))
+    fields = {"shards": [asdict(shard) for shard in shards], "records": written.records.tobytes().hex()}
+    home.write(_part_name(number), json.dumps(fields).encode())
+    return written
+
+
+def _shards(items: Iterator[Item], num_bytes: int) -> Iterator[Iterator[Item]]:
+    """The items of one shard after another; each shard is consumed before the next is asked for."""
+
+    def until_full(first: Item) -> Iterator[Item]:
+        size = len(first.image)
+        yield first
+        while size < num_bytes and (item := next(items, None)) is not None:
+            size += len(item.image)
+            yield item
+
+    while (first := next(items, None)) is not None:
+        yield until_full(first)
+
+
+def _write_shard(
+    home: Store,
+    file: Path,
+    name: str,
+    items: Iterable[Item],
+    settings: Settings,
+    classes: Sequence[str] | None,
+) -> tuple[Shard, np.ndarray]:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(file), array_record.OPTIONS)
+    intended = []
+    for item in items:
+        image, label = _prepared(item, settings, classes)
+        text = classes[label] if classes else None
+        writer.write(example.write(image, label, text=text, filename=item.name))
+        intended.append((google_crc32c.value(image), label))
+    writer.close()
+    shard, records = _read_back(file, name)
+    if [
+        (int(crc), int(label)) for crc, label in zip(records["crc32c"], records["label"], strict=True)
+    ] != intended:
+        raise UserError(f"{file} does not read as it was written; is the disk full or failing?")
+    home.upload(name, file)
+    return shard, records
+
+
+def _prepared(item: Item, settings: Settings, classes: Sequence[str] | None) -> tuple[bytes, int]:
+    """The bytes to write and the label. Raises UserError where the item is none of an image and a label."""
+    label = item.label - settings.first_label
+    if label < 0:
+        why = f" less --first-label {settings.first_label}" * bool(settings.first_label)
+        raise UserError(f"{item.name} has the label {item.label}{why}, which is below 0; labels begin at 0")
+    if classes is not None and label >= len(classes):
+        hint = "" if settings.first_label else "; if labels begin at 1, add --first-label 1"
+        raise UserError(f"{item.name} has the label {label}, but there are {len(classes)} classes{hint}")
+    if not is_image(item.image):
+        raise UserError(f"{item.name} is no image by its content; mend or remove it")
+    if settings.resize is None:
+        return item.image, label
+    try:
+        return shrink(item.image, settings.resize), label
+    except ValueError as e:
+        raise UserError(f"{item.name} cannot be decoded ({e}); mend or remove it") from None
+
+
+def _read_back(file: Path, name: str) -> tuple[Shard, np.ndarray]:
+    with file.open("rb") as f:
+        rows = [(e.offset, e.length, google_crc32c.value(e.image), e.label) for e in array_record.scan(f)]
+        return Shard(name, file.stat().st_size, checksum(f), len(rows)), np.array(rows, RECORD)
+
+
+# Going on
+
+
+def _journal(source: str, settings: Settings, listing: Listing) -> dict[str, Any]:
+    folder, pattern = split_pattern(source)
+    fields = asdict(settings)
+    fields["classes"] = list(listing.classes) if listing.classes else None
+    where = place(folder) if pattern == "*" else f"{place(folder)}/{pattern}"
+    return {"source": where, **fields, "input": listing.digest}
+
+
+def _begun(home: Store, journal: dict[str, Any]) -> dict[str, Object]:
+    """What is at the destination, where this conversion may go on; begins it where there is nothing."""
+    objects = {obj.name: obj for obj in _objects(home)}
+    if objects.keys() <= {JOURNAL}:
+        home.write(JOURNAL, json.dumps(journal, indent=1, ensure_ascii=False).encode())
+        return {}
+    if JOURNAL not in objects:
+        what = "holds a dataset already" if MANIFEST in objects else f"is not empty ({min(objects)}, …)"
+        raise UserError(f"{home.url} {what}; give an empty folder or prefix")
+    begun = json.loads(home.read(JOURNAL))
+    changed = [key for key in journal if begun.get(key) != journal[key]]
+    if changed:
+        state = "a conversion" if MANIFEST in objects else "an unfinished conversion"
+        raise UserError(
+            f"{home.url} holds {state} of {begun['source']} that differs in {', '.join(changed)}; "
+            "undo that, or give an empty folder or prefix"
+        )
+    return objects
+
+
+def _objects(home: Store) -> list[Object]:
+    try:
+        return home.list()
+    except UserError:
+        if "://" in home.url or Path(home.url).exists():
+            raise
+        return []
+
+
+def _part_name(number: int) -> str:
+    return f"{number:05}.part"
+
+
+def _finished(home: Store, objects: dict[str, Object]) -> Iterator[Written]:
+    """Parts whose shards are there as they were written."""
+    for name in (name for name in objects if name.endswith(".part")):
+        fields = json.loads(home.read(name))
+        shards = tuple(Shard(**shard) for shard in fields["shards"])
+        if all(s.name in objects and objects[s.name].size == s.size for s in shards):
+            records = np.frombuffer(bytes.fromhex(fields["records"]), RECORD)
+            yield Written(int(name.removesuffix(".part")), shards, records)
+
+
+def _clean(home: Store, scratch: Path) -> None:
+    for obj in home.list():
+        if obj.name.endswith(".part"):
+            home.delete(obj.name)
+    for leftover in scratch.glob(".*.partial"):
+        leftover.unlink()
+
+
+def _check_apart(source: str, destination: str, kind: str) -> None:
+    here, there = place(split_pattern(source)[0]), place(destination)
+    if here == there or (kind == "imagefolder" and there.startswith(f"{here}/")):
+        raise UserError(f"{destination} lies in the input {source}; give another folder or prefix")
+
+
+@contextmanager
+def _locked(destination: str) -> Iterator[Path]:
+    """A local folder for unfinished shards, from which they can be moved; one conversion at a time."""
+    if "://" in destination:
+        with tempfile.TemporaryDirectory(prefix="podlaunch-") as scratch:
+            yield Path(scratch)
+        return
+    folder = Path(destination)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as e:
+        raise UserError(f"{destination} cannot be written: {e.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except BlockingIOError:
+        raise UserError(f"{destination}: another conversion into it is running") from None
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,32 @@
+"""The little that the tools do to images: tell them by their first bytes, shrink them, show them."""
+
+import io
+
+from PIL import Image
+
+JPEG_QUALITY = 95
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+
+
+def is_image(content: bytes) -> bool:
+    """Whether bytes begin as an image does: JPEG, PNG, GIF, BMP, TIFF or WebP."""
+    return content.startswith(_BEGINNINGS) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
+
+
+def shrink(content: bytes, short_side: int) -> bytes:
+    """An image whose short side is at most `short_side`: as it is, or resized with antialiasing, as JPEG.
+
+    Raises ValueError where it cannot be decoded.
+    """
+    from trainer.data.images import decode
+
+    pixels = decode(content)
+    height, width = pixels.shape[:2]
+    if min(height, width) <= short_side:
+        return content
+    scale = short_side / min(height, width)
+    size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
+    small = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=JPEG_QUALITY)
+    return encoded.getvalue()

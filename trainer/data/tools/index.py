@@ -1,0 +1,96 @@
+"""`launch data index`: the table of shards that are read where they lie."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import google_crc32c
+import numpy as np
+
+from configs.errors import UserError
+from trainer.data.formats import FORMATS, detect, format_of
+from trainer.data.storage import Object, Store, open_store
+from trainer.data.table import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
+from trainer.data.tools import parallel
+from trainer.data.tools.shards import find, opened, place, split_pattern
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    number: int
+    shard: Shard
+    records: np.ndarray
+
+
+def index(
+    source: str,
+    destination: str | None,
+    *,
+    first_label: int,
+    jobs: int,
+    begin: Callable[[int, int], Callable[[int, int], None]],
+) -> Manifest:
+    """Scan all shards and publish their table, beside them or at `destination`.
+
+    `begin` is told the number of shards and their bytes; what it returns, the records and bytes of each
+    shard that has been scanned. Raises UserError where a shard cannot be read whole.
+    """
+    store, objects = find(source)
+    folder, pattern = split_pattern(source)
+    if destination is None and pattern != "*":
+        raise UserError(f"{source} is a part of a folder: give the table a folder of its own with --to")
+    try:
+        name = detect(obj.name for obj in objects)
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from None
+    shards = [obj for obj in objects if format_of(obj.name) == name]
+    base = None if destination is None or place(destination) == place(folder) else place(folder)
+    home = open_store(folder if destination is None else destination)
+    before = _replaced(home, base)
+    progress = begin(len(shards), sum(obj.size for obj in shards))
+    scanned: dict[int, _Scanned] = {}
+    for one in parallel.run(partial(_scan, store.url, name, first_label), list(enumerate(shards)), jobs):
+        scanned[one.number] = one
+        progress(len(one.records), one.shard.size)
+    ordered = [scanned[number] for number in range(len(shards))]
+    records = np.concatenate([one.records for one in ordered])
+    if not len(records):
+        raise UserError(f"{source}: the {len(shards)} shards hold no records")
+    return publish(
+        home,
+        format=name,
+        shards=[one.shard for one in ordered],
+        records=records,
+        classes=before.classes if before else None,
+        base=base,
+    )
+
+
+def _replaced(home: Store, base: str | None) -> Manifest | None:
+    """The older table of the same shards. Raises UserError where that of others is in the way."""
+    try:
+        manifest = parse_manifest(home.read(MANIFEST), home.url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if manifest.base != base:
+        raise UserError(
+            f"{home.url} holds the table of {manifest.base or 'its own shards'}; give another --to"
+        )
+    return manifest
+
+
+def _scan(url: str, format_name: str, first_label: int, numbered: tuple[int, Object]) -> _Scanned:
+    number, obj = numbered
+    store: Store = open_store(url)
+    rows: list[tuple[int, int, int, int]] = []
+    with opened(store, obj) as (file, crc):
+        try:
+            for entry in FORMATS[format_name].scan(file):
+                label = entry.label - first_label
+                if label < 0:
+                    why = f" less --first-label {first_label}" * bool(first_label)
+                    raise ValueError(f"record {len(rows)} has the label {entry.label}{why}, which is below 0")
+                rows.append((entry.offset, entry.length, google_crc32c.value(entry.image), label))
+        except ValueError as e:
+            raise UserError(f"{url}/{obj.name}: {e}") from None
+    return _Scanned(number, Shard(obj.name, obj.size, crc, len(rows)), np.array(rows, RECORD))

@@ -1,0 +1,86 @@
+"""Whole shards, as the tools read them: found by an address, streamed in large ranges, checked."""
+
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+import numpy as np
+
+from configs.errors import UserError
+from trainer.data.fetch import Fetcher
+from trainer.data.request import Request
+from trainer.data.storage import Object, Store, open_store
+
+RANGE_BYTES = 8 << 20
+RANGES_AHEAD = 4
+
+
+def split_pattern(url: str) -> tuple[str, str]:
+    """Folder and pattern of an address such as gs://bucket/imagenet/train-*; the pattern of a folder is `*`."""
+    folder, slash, last = url.rpartition("/")
+    if any(character in last for character in "*?[") and not Path(url).exists():
+        return folder if slash else ".", last
+    return url, "*"
+
+
+def find(url: str) -> tuple[Store, list[Object]]:
+    """The objects at an address. Raises UserError where there are none."""
+    folder, pattern = split_pattern(url)
+    store = open_store(folder)
+    objects = [obj for obj in store.list() if fnmatchcase(obj.name, pattern)]
+    if not objects:
+        raise UserError(f"{folder} is empty" if pattern == "*" else f"{url}: nothing has such a name")
+    return store, objects
+
+
+def place(url: str) -> str:
+    """The same text for each spelling of an address."""
+    return url.rstrip("/") if "://" in url else str(Path(url).resolve())
+
+
+def stream(requests: Iterable[Request]) -> Iterator[np.ndarray]:
+    """The payload of each range, read ahead of its use."""
+    with closing(Fetcher()) as fetcher:
+        waiting: deque[Future[np.ndarray]] = deque()
+        for request in requests:
+            waiting.append(fetcher.submit(request))
+            if len(waiting) > RANGES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
+    """An object as a file on this machine, and the crc32c of the whole of it.
+
+    Raises UserError where the bytes that came are not those that the store has.
+    """
+    if obj.crc32c is None:  # it is a file
+        with store.open(obj.name) as file:
+            yield file, checksum(file)
+        return
+    starts = range(0, obj.size, RANGE_BYTES)
+    ranges = [Request(store, obj, at, min(RANGE_BYTES, obj.size - at), framing=None) for at in starts]
+    with tempfile.TemporaryFile(prefix="podlaunch-") as copy:
+        for part in stream(ranges):
+            copy.write(part.data)
+        if checksum(copy) != obj.crc32c:
+            raise UserError(f"{store.url}/{obj.name} came damaged over the network; try again")
+        yield copy, obj.crc32c
+
+
+def checksum(file: BinaryIO) -> int:
+    """crc32c of a whole file, which is left at its beginning."""
+    file.seek(0)
+    crc = 0
+    while part := file.read(1 << 20):
+        crc = google_crc32c.extend(crc, part)
+    file.seek(0)
+    return crc

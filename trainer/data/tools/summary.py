@@ -1,0 +1,80 @@
+"""`launch data inspect`: what a dataset holds, in figures and as a contact sheet."""
+
+import io
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from trainer.data.fetch import Fetcher
+from trainer.data.formats import FORMATS
+from trainer.data.request import Request
+from trainer.data.table import Dataset
+from trainer.grid import captioned_grid
+
+TILE = 128
+CAPTION_CHARACTERS = 20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a dataset that need its table alone."""
+
+    num_bytes: int
+    """Of the encoded images."""
+    smallest: int
+    mean: float
+    largest: int
+    """Bytes of an image."""
+    counts: np.ndarray
+    """(labels,) int64: images of each label from 0 to the largest."""
+    sorted_by_class: bool
+    """Whether most neighbours share a class, by far more than chance would have it."""
+
+
+def summarize(dataset: Dataset) -> Summary:
+    lengths, labels = dataset.records["length"], dataset.records["label"].astype(np.int64)
+    counts = np.bincount(labels, minlength=len(dataset.manifest.classes or ()))
+    by_chance = float(np.square(counts / len(labels)).sum())
+    shared = float(np.mean(labels[1:] == labels[:-1])) if len(labels) > 1 else 0.0
+    return Summary(
+        num_bytes=int(lengths.sum()),
+        smallest=int(lengths.min()),
+        mean=float(lengths.mean()),
+        largest=int(lengths.max()),
+        counts=counts,
+        sorted_by_class=shared > (1 + by_chance) / 2,
+    )
+
+
+def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
+    """Draw `count` images, taken at even distances, with their classes, as PNG; how many there were."""
+    from trainer.data.images import decode
+
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(np.int64))
+    tiles, captions = [], []
+    for index, encoded in zip(chosen, _read(dataset, chosen), strict=True):
+        label = int(dataset.records["label"][index])
+        classes = dataset.manifest.classes
+        captions.append((classes[label] if classes else str(label))[:CAPTION_CHARACTERS])
+        tiles.append(np.asarray(ImageOps.pad(Image.fromarray(decode(encoded)), (TILE, TILE), color="white")))
+    sheet = io.BytesIO()
+    Image.fromarray(captioned_grid(np.stack(tiles), captions)).save(sheet, "PNG")
+    file.write_bytes(sheet.getvalue())
+    return len(tiles)
+
+
+def _read(dataset: Dataset, indices: np.ndarray) -> list[bytes]:
+    """Single records."""
+    framing = FORMATS[dataset.manifest.format].FRAMING
+    with closing(Fetcher()) as fetcher:
+        futures = []
+        for index in indices:
+            shard = int(np.searchsorted(dataset.first, index, side="right")) - 1
+            offset, length, *_ = dataset.records[index].item()
+            futures.append(
+                fetcher.submit(Request(dataset.store, dataset.objects[shard], offset, length, framing))
+            )
+        return [future.result().tobytes() for future in futures]

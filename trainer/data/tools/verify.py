@@ -1,0 +1,97 @@
+"""`launch data verify`: each record's checksum, and whether it decodes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import google_crc32c
+import numpy as np
+
+from trainer.data.formats import FORMATS
+from trainer.data.request import Request
+from trainer.data.storage import Object, Store, open_store
+from trainer.data.table import Dataset
+from trainer.data.tools import parallel
+from trainer.data.tools.shards import RANGE_BYTES, stream
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A record that training could not use."""
+
+    shard: str
+    record: int
+    """In its shard."""
+    offset: int
+    """In bytes of the shard."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class _ShardOf:
+    """What a process needs to verify one shard."""
+
+    url: str
+    format: str
+    obj: Object
+    rows: np.ndarray
+
+
+def verify(dataset: Dataset, *, decode: bool, jobs: int, progress: Callable[[int, int], None]) -> list[Bad]:
+    """Read all records; the bad ones, in their order. `progress` is told records and bytes as they are done."""
+    manifest, first = dataset.manifest, dataset.first
+    tasks = [
+        _ShardOf(dataset.store.url, manifest.format, obj, dataset.records[first[i] : first[i + 1]])
+        for i, obj in enumerate(dataset.objects)
+    ]
+    bad = []
+    for num_records, num_bytes, found in parallel.run(partial(_verify_shard, decode), tasks, jobs):
+        bad += found
+        progress(num_records, num_bytes)
+    return sorted(bad, key=lambda b: (b.shard, b.record))
+
+
+def _verify_shard(decode: bool, task: _ShardOf) -> tuple[int, int, list[Bad]]:
+    """Records, bytes, and what is bad of one shard."""
+    rows, store = task.rows, open_store(task.url)
+    bad = []
+    runs = list(_runs(rows))
+    ranges = [_request(store, task, rows[a], rows[b - 1]) for a, b in runs]
+    for (a, b), outer, payload in zip(runs, ranges, stream(ranges), strict=True):
+        for i in range(a, b):
+            inner = _request(store, task, rows[i], rows[i])
+            start = inner.payload_offset_in(outer)
+            image = payload[start : start + inner.payload_bytes()].tobytes()
+            if reason := _fault(image, int(rows["crc32c"][i]), decode):
+                bad.append(Bad(task.obj.name, i, inner.offset, reason))
+    return len(rows), task.obj.size, bad
+
+
+def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Neighbouring records that are read at once."""
+    begin = 0
+    ends = rows["offset"] + rows["length"]
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or ends[i] - rows["offset"][begin] > RANGE_BYTES:
+            yield begin, i
+            begin = i
+
+
+def _request(store: Store, task: _ShardOf, first: np.void, last: np.void) -> Request:
+    """The range from one record to another."""
+    offset, end = int(first["offset"]), int(last["offset"]) + int(last["length"])
+    return Request(store, task.obj, offset, end - offset, FORMATS[task.format].FRAMING)
+
+
+def _fault(image: bytes, crc32c: int, decode: bool) -> str | None:
+    actual = google_crc32c.value(image)
+    if actual != crc32c:
+        return f"its crc32c is {actual:08x}, not {crc32c:08x}"
+    if decode:
+        from trainer.data.images import decode as decoded
+
+        try:
+            decoded(image)
+        except ValueError as e:
+            return f"it does not decode: {e}"
+    return None
