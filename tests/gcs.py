@@ -18,7 +18,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -114,9 +114,8 @@ class Refused(Exception):  # noqa: N818
     def __init__(self, status: int, message: str):
         super().__init__(message)
         error = {"code": status, "message": message, "errors": [{"message": message, "reason": str(status)}]}
-        self.reply = Reply(
-            status, json.dumps({"error": error}).encode(), {"Content-Type": "application/json"}
-        )
+        body = b"" if status == 304 else json.dumps({"error": error}).encode()  # a 304 has none
+        self.reply = Reply(status, body, {"Content-Type": "application/json"})
 
 
 @dataclass
@@ -158,7 +157,8 @@ class Server:
         self._http.shutdown()
         self._http.server_close()
         for connection in list(self._open):
-            connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # the client was first
+                connection.shutdown(socket.SHUT_RDWR)
 
     def put(self, name: str, content: bytes, bucket: str = BUCKET, **meta: Any) -> int:
         """Write an object, and return its generation."""
@@ -369,6 +369,13 @@ class Server:
         size = meta["size"]
         return _json({"done": True, "totalBytesRewritten": size, "objectSize": size, "resource": meta})
 
+    def _move(self, request: Request) -> Reply:
+        source = self._found(request)
+        name = unquote(request.path.rpartition("/")[2])
+        self.put(name, source.content, request.bucket)
+        del self.objects[request.bucket, request.name]
+        return _json(self.objects[request.bucket, name].meta)
+
     def _compose(self, request: Request) -> Reply:
         wanted = json.loads(request.body)
         sources = (self.objects.get((request.bucket, part["name"])) for part in wanted["sourceObjects"])
@@ -437,6 +444,7 @@ _ROUTES: list[tuple[str, str, Operation, Callable[[Server, Request], Reply]]] = 
     ("POST", "/upload" + _B + "/o", "upload", Server._upload),
     ("PUT", "/upload" + _B + "/o", "upload", Server._upload),
     ("POST", _B + _O + r"/(?:copyTo|rewriteTo)/b/[^/]+/o/[^/]+", "copy", Server._copy),
+    ("POST", _B + _O + r"/moveTo/o/[^/]+", "copy", Server._move),
     ("POST", _B + _O + "/compose", "copy", Server._compose),
     ("PATCH", _B + _O, "patch", Server._patch),
     ("DELETE", _B + _O, "delete", Server._delete),

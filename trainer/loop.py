@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from trainer.data import open_splits
 from trainer.data.pipeline import eval_batches, train_batches
 from trainer.evaluate import evaluate
 from trainer.mesh import each_device, make_mesh, rows, wait_for_all
-from trainer.metrics import Interval, Stopwatch, TensorBoard, local_rows, logdir
+from trainer.metrics import Interval, Stopwatch, TensorBoard, bound, local_rows, logdir
 from trainer.state import Network, TrainState, abstract_state, init_state, make_optimizer, make_schedule
 from trainer.step import Batch, StepMetrics, make_eval_step, make_train_step
 
@@ -88,7 +89,7 @@ class _Training:
         report(phase="opening data")
         self.mesh = make_mesh(config.mesh.batch, config.mesh.model)
         with self.watch.span("open_data"):
-            self.train_split, self.eval_split = open_splits(config.data, config.model.num_classes)
+            self.train_split, self.eval_split = open_splits(config)
 
         report(phase="initialising")
         network = Network(config.model)
@@ -174,6 +175,7 @@ class _Training:
             self.log()
 
         self.report(phase="saving")
+        self.batches.close()
         with self.watch.span("checkpoint"):
             self.checkpoints.close()
         self.board.close()
@@ -216,11 +218,14 @@ class _Training:
 
     def evaluate(self) -> None:
         self.report(phase="evaluating", step=self.step)
-        with self.watch.span("evaluation"):
+        with (
+            self.watch.span("evaluation"),
+            closing(eval_batches(self.config, self.eval_split, rows(self.mesh))) as batches,
+        ):
             result = evaluate(
                 self.eval_step,
                 jax.tree.leaves(self.state().evaluated()),
-                eval_batches(self.config, self.eval_split, rows(self.mesh)),
+                batches,
                 self.request,
                 num_mistakes=self.config.log.num_images,
             )
@@ -242,8 +247,11 @@ class _Training:
             summary = self.interval.summary()
             self.interval.reset()
             self.metrics.update(summary)
-            self.board.scalars(self.step, {**summary, "train/epoch": epoch})
-            self.report(step=self.step, epoch=epoch, seconds=dict(self.watch.seconds), **self.metrics)
+            data, in_words = self.batches.metrics(), bound(summary["speed/data_wait_share"])
+            self.board.scalars(self.step, {**summary, **data, "train/epoch": epoch})
+            self.board.text(self.step, "speed/bound", in_words)
+            seconds = dict(self.watch.seconds)
+            self.report(step=self.step, epoch=epoch, seconds=seconds, bound=in_words, **self.metrics, **data)
         elif time.perf_counter() - self._reported > REPORT_SECONDS:
             self._reported = time.perf_counter()
             self.report(step=self.step, epoch=epoch, **self.interval.summary())

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tensorboardX import SummaryWriter
 
+from trainer.grid import captioned_grid
 from trainer.step import StepMetrics
 from trainer.upload import Uploader
 
-TILE = 64
+INPUT_BOUND_SHARE = 0.1
 
 
 class Stopwatch:
@@ -75,6 +75,11 @@ class Interval:
         }
 
 
+def bound(data_wait_share: float) -> str:
+    """What to make faster, in words."""
+    return "input-bound" if data_wait_share > INPUT_BOUND_SHARE else "compute-bound"
+
+
 class TensorBoard:
     """Event files in a folder or under gs://; on process 0 alone, elsewhere nothing happens.
 
@@ -95,10 +100,13 @@ class TensorBoard:
         for name, value in values.items() if self._writer else ():
             self._writer.add_scalar(name, value, step)  # type: ignore[union-attr]
 
+    def text(self, step: int, name: str, text: str) -> None:
+        if self._writer:
+            self._writer.add_text(name, text, step)
+
     def hyperparameters(self, text: str) -> None:
         """The run's config, as YAML."""
-        if self._writer:
-            self._writer.add_text("config", "```yaml\n" + text + "\n```", 0)
+        self.text(0, "config", f"```yaml\n{text}\n```")
 
     def images(self, step: int, name: str, images: np.ndarray, captions: Sequence[str]) -> None:
         """A grid of images (n, height, width, 3) uint8 with a caption below each."""
@@ -110,21 +118,6 @@ class TensorBoard:
             self._writer.close()
         if self._uploader:
             self._uploader.close()
-
-
-def captioned_grid(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """(n, height, width, 3) uint8 to one (rows × tile, columns × tile, 3) picture, tiles of at least 64 px."""
-    columns = int(np.ceil(np.sqrt(len(images))))
-    tile, text = max(TILE, images.shape[1]), 12
-    num_rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * tile, num_rows * (tile + text)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = i % columns * tile, i // columns * (tile + text)
-        scaled = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
-        sheet.paste(scaled, (x, y))
-        draw.text((x + 2, y + tile), caption, fill="black")
-    return np.asarray(sheet)
 
 
 def local_rows(array: Any) -> np.ndarray:

@@ -3,13 +3,16 @@
 A source opens to two splits; a new source is one file here and one line below.
 """
 
-from configs.schema import DataConfig
-from trainer.data import digits, synthetic
+import importlib
+
+from configs.schema import RunConfig
 from trainer.data.split import Split
 
-_SOURCES = {"digits": digits.open_splits, "synthetic": synthetic.open_splits}
+# Imported when opened: Grain loads jax, which the tools of this package do without.
+_SOURCES = {name: f"trainer.data.{name}" for name in ("records", "digits", "synthetic")}
 
 
-def open_splits(data: DataConfig, num_classes: int) -> tuple[Split, Split]:
+def open_splits(config: RunConfig) -> tuple[Split, Split]:
     """The training and the held-out split."""
-    return _SOURCES[data.source](data, num_classes)
+    splits: tuple[Split, Split] = importlib.import_module(_SOURCES[config.data.source]).open_splits(config)
+    return splits

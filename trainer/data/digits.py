@@ -14,34 +14,27 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
 from configs.files import cache_folder
-from configs.schema import DATASETS, DataConfig
-from trainer.data.split import Sample, Split
+from configs.schema import DATASETS, RunConfig
+from trainer.data.split import InMemory, Split
 
 SIZE = 8
 
 
-class Digits:
-    """One split, read record by record. Images are repeated to `image_size`, a multiple of 8."""
-
-    def __init__(self, file: Path, image_size: int):
-        self._records = ArrayRecordDataSource([str(file)])
-        self._scale = image_size // SIZE
-        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Sample:
-        record = np.frombuffer(self._records[index], np.uint8)
-        image = record[1:].reshape(SIZE, SIZE, 1).repeat(self._scale, 0).repeat(self._scale, 1)
-        return Sample(image.repeat(3, 2), record[0].astype(np.int32))
-
-
-def open_splits(data: DataConfig, num_classes: int) -> tuple[Split, Split]:
+def open_splits(config: RunConfig) -> tuple[Split, Split]:
     folder = cache_folder() / "digits-v1"
     if not folder.is_dir():
         write(folder)
-    return tuple(Digits(folder / f"{s}.array_record", data.image_size) for s in ("train", "eval"))  # type: ignore[return-value]
+    size = config.data.image_size
+    return read(folder / "train.array_record", size), read(folder / "eval.array_record", size)
+
+
+def read(file: Path, image_size: int) -> InMemory:
+    """One split. Images are repeated to `image_size`, a multiple of 8."""
+    source = ArrayRecordDataSource([str(file)])
+    records = np.stack([np.frombuffer(source[i], np.uint8) for i in range(len(source))])
+    scale = image_size // SIZE
+    images = records[:, 1:].reshape(-1, SIZE, SIZE, 1).repeat(scale, 1).repeat(scale, 2).repeat(3, 3)
+    return InMemory(images, records[:, 0].astype(np.int32), hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def write(folder: Path) -> None:

@@ -1,23 +1,229 @@
 """The order of samples: a pure function of (seed, epoch, position), whatever the number of hosts.
 
-Position p of a run is sample p % n of epoch p // n, so the state of the data is one integer, and a
-batch may straddle two epochs without dropping or repeating a sample.
+Position p of a run is sample p % n of epoch p // n, so the state of the data is one integer, and a batch
+may straddle two epochs without dropping or repeating a sample.
+
+`blocks` shuffles so that reads stay large. Each epoch the blocks are laid out in a line, permuted anew, and
+the line is cut into equal lanes. Batches take from all lanes in turn; in a lane, records are shuffled
+within windows. Every step is a bijection, hence the whole.
 """
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
 
-from grain.experimental import index_shuffle
+import numpy as np
+
+from configs.schema import RunConfig
+
+
+class WindowKey(NamedTuple):
+    """Names the records of one lane that are shuffled among each other."""
+
+    epoch: int
+    lane: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of an endless stream over `num_examples` records; each epoch is a permutation of all."""
+
+    num_examples: int
+    seed: int
+    shuffle: Literal["blocks", "global", "none"]
+    block_starts: np.ndarray | None = None
+    """(blocks,) int64: first record of each block, ascending from 0. For `blocks`."""
+    lanes: int = 1
+    window: int = 1
+    """Records of a window."""
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The record at each position, int64."""
+        return np.array([self.index(int(p)) for p in positions], np.int64)
+
+    def index(self, position: int) -> int:
+        """The record at one position."""
+        key, place = self.locate(position)
+        return int(self._recent(key)[place])
+
+    def locate(self, position: int) -> tuple[WindowKey, int]:
+        """The window that holds a position, and the place in it."""
+        epoch, i = divmod(position, self.num_examples)
+        step, lane = divmod(i, self.lanes)
+        window, place = divmod(step + self._phase(lane), self.window)
+        return WindowKey(epoch, lane, window), place if window else place - self._phase(lane)
+
+    def positions(self, key: WindowKey) -> np.ndarray:
+        """The positions of a window, in the order of its places."""
+        steps = self._steps(key)
+        return key.epoch * self.num_examples + key.lane + self.lanes * np.arange(steps.start, steps.stop)
+
+    def records(self, key: WindowKey) -> np.ndarray:
+        """The records of a window, in the order of its places, int64."""
+        steps = self._steps(key)
+        short, longer = divmod(self.num_examples, self.lanes)
+        begin = key.lane * short + min(key.lane, longer)  # where the lane begins in the line
+        line = self._line(key.epoch, begin + steps.start, begin + steps.stop)
+        if self.shuffle == "blocks":
+            return line[_permutation(len(line), self.seed, *key)]
+        return line
+
+    def _steps(self, key: WindowKey) -> range:
+        """What a window covers of its lane. Lanes are out of phase, so that they do not all turn at once."""
+        length = -(-(self.num_examples - key.lane) // self.lanes)
+        begin = key.window * self.window - self._phase(key.lane)
+        return range(max(begin, 0), min(begin + self.window, length))
+
+    def _phase(self, lane: int) -> int:
+        return lane * self.window // self.lanes
+
+    def _line(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Records [start, stop) of an epoch's line."""
+        if self.shuffle == "none":
+            return np.arange(start, stop)
+        if self.shuffle == "global":
+            return self._globally(epoch, start, stop)
+        starts, sizes, ends = self._permuted_blocks(epoch)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        parts = [np.arange(starts[b], starts[b] + sizes[b]) for b in range(first, last + 1)]
+        skipped = start - (ends[first] - sizes[first])
+        return np.concatenate(parts)[skipped : skipped + stop - start]
+
+    def _globally(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        from grain.experimental import index_shuffle  # imports jax, which other orders do without
+
+        top, seed = self.num_examples - 1, epoch_seed(self.seed, epoch)
+        if top == 0:
+            return np.zeros(stop - start, np.int64)
+        return np.array(
+            [index_shuffle(i, max_index=top, seed=seed, rounds=4) for i in range(start, stop)], np.int64
+        )
+
+    @cached_property
+    def _permuted_blocks(self):  # type: ignore[no-untyped-def]
+        """epoch -> first records, sizes and ends in the line of its blocks, permuted."""
+        assert self.block_starts is not None
+        block_starts = self.block_starts
+        block_sizes = np.diff(block_starts, append=self.num_examples)
+
+        @lru_cache(maxsize=2)  # a batch may straddle two epochs
+        def permuted(epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            permutation = _permutation(len(block_starts), self.seed, epoch)
+            sizes = block_sizes[permutation]
+            return block_starts[permutation], sizes, np.cumsum(sizes)
+
+        return permuted
+
+    @cached_property
+    def _recent(self):  # type: ignore[no-untyped-def]
+        return lru_cache(maxsize=4 * self.lanes)(self.records)
+
+
+def _hash(*parts: int, num_bytes: int) -> int:
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=num_bytes).digest()
+    return int.from_bytes(digest, "little")
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
     """A 32-bit seed for one epoch. Hashed: seed + epoch would make epoch 1 of seed 7 epoch 0 of seed 8."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
+    return _hash(seed, epoch, num_bytes=4)
 
 
-def sample_index(position: int, *, num_examples: int, seed: int) -> int:
-    """The sample at `position` of an endless training stream; each epoch is a permutation of all."""
-    epoch, i = divmod(position, num_examples)
-    if num_examples == 1:
-        return 0
-    return index_shuffle(i, max_index=num_examples - 1, seed=epoch_seed(seed, epoch), rounds=4)
+def _permutation(n: int, *key: int) -> np.ndarray:
+    # Generator.permutation may change between numpy's versions, a bit generator's raw stream may not.
+    return np.argsort(np.random.Philox(key=_hash(*key, num_bytes=16)).random_raw(n), kind="stable")
+
+
+def train_order(config: RunConfig, num_examples: int, block_starts: np.ndarray | None) -> Order:
+    """The order of training. Without blocks, in memory, `blocks` is `global`."""
+    data, seed = config.data, config.train.seed
+    if data.shuffle == "blocks" and block_starts is not None:
+        lanes = lanes_for(config.train.batch_size, data.lanes)
+        return Order(num_examples, seed, "blocks", block_starts, lanes, data.window)
+    window = _per_block(num_examples, block_starts)
+    return Order(num_examples, seed, "none" if data.shuffle == "none" else "global", window=window)
+
+
+def eval_order(config: RunConfig, num_examples: int, block_starts: np.ndarray | None) -> Order:
+    """The order of evaluation: as stored, from as many places at once as training, so that hosts share no block."""
+    lanes = lanes_for(config.train.batch_size, config.data.lanes) if block_starts is not None else 1
+    return Order(num_examples, 0, "none", lanes=lanes, window=_per_block(num_examples, block_starts))
+
+
+def _per_block(num_examples: int, block_starts: np.ndarray | None) -> int:
+    return 1 if block_starts is None else -(-num_examples // len(block_starts))
+
+
+def lanes_for(batch_size: int, at_most: int) -> int:
+    """The number of lanes: a divisor of the batch, with as many factors of two as the batch allows it.
+
+    Hosts mostly come in powers of two, and where their number divides the lanes each has its own.
+    """
+    divisors = [d for d in range(1, min(batch_size, at_most) + 1) if batch_size % d == 0]
+    return max(divisors, key=lambda d: (d & -d, d))
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one process reads of a stream: some rows of each global batch, from one position to another."""
+
+    order: Order
+    start: int
+    """Position of the first batch's first row."""
+    stop: int
+    """Position after the last batch; a multiple of `batch_size` after `start`."""
+    batch_size: int
+    rows: np.ndarray
+    """(rows,) int64: this process's rows of a batch, ascending."""
+    limit: int | None = None
+    """Positions from here on are padding; None: the stream is endless."""
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) // self.batch_size * len(self.rows)
+
+    def position(self, i: int) -> int | None:
+        """The position of the i-th sample that this process reads; None for padding."""
+        batch, row = divmod(i, len(self.rows))
+        position = self.start + batch * self.batch_size + int(self._offsets[row])
+        return position if self.limit is None or position < self.limit else None
+
+    def wanted(self, positions: np.ndarray) -> np.ndarray:
+        """Whether this process reads each of `positions`, bool."""
+        inside = (positions >= self.start) & (positions < self.stop)
+        if self.limit is not None:
+            inside &= positions < self.limit
+        return inside & self._is_ours[(positions - self.start) % self.batch_size]
+
+    def windows(self) -> Iterator[tuple[int, WindowKey]]:
+        """Each window that this process reads, as (batch, window): the first batch that it is needed for."""
+        order, newest = self.order, np.full(self.order.lanes, -1)
+        windows_an_epoch = order.num_examples // order.lanes // order.window + 2
+        for batch, begin in enumerate(range(self.start, self.stop, self.batch_size)):
+            positions = begin + self._offsets
+            if self.limit is not None:
+                positions = positions[positions < self.limit]
+            epoch, i = np.divmod(positions, order.num_examples)
+            step, lane = np.divmod(i, order.lanes)
+            turn = epoch * windows_an_epoch + (step + lane * order.window // order.lanes) // order.window
+            new = turn > newest[lane]  # a lane's windows come in turn
+            for t, in_lane in sorted(set(zip(turn[new].tolist(), lane[new].tolist(), strict=True))):
+                newest[in_lane] = t
+                yield batch, WindowKey(t // windows_an_epoch, in_lane, t % windows_an_epoch)
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        """(rows,) place of each of our rows among the positions of a batch.
+
+        Neighbouring rows share a lane, so that a host, which holds neighbouring rows, reads its own lanes.
+        """
+        per_lane = self.batch_size // self.order.lanes
+        return self.rows % per_lane * self.order.lanes + self.rows // per_lane
+
+    @cached_property
+    def _is_ours(self) -> np.ndarray:
+        ours = np.zeros(self.batch_size, bool)
+        ours[self._offsets] = True
+        return ours

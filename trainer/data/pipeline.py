@@ -4,7 +4,7 @@ Each process reads just the rows of the global batch that its own devices hold, 
 the same array whatever the number of processes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grain
 import jax
@@ -13,87 +13,76 @@ from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import NamedSharding
 
 from configs.schema import RunConfig
-from trainer.data.order import sample_index
-from trainer.data.split import Sample, Split
+from trainer.data.order import Demand, eval_order, train_order
+from trainer.data.split import Sample, Samples, Split
 from trainer.step import Batch
 
 
-class _HostRows:
-    """The samples of this process's rows, batch after batch, as a Grain random-access source."""
+class Batches(Iterator[Batch]):
+    """Global batches on the devices, made ahead of their use by threads. To be closed."""
 
-    def __init__(self, split: Split, index: Callable[[int], int | None], starts: range, rows: np.ndarray):
-        self._split, self._index, self._starts, self._rows = split, index, starts, rows
+    def __init__(self, config: RunConfig, samples: Samples, rows: np.ndarray, sharding: NamedSharding):
+        self._samples = samples
+        self._made, self._used = 0, 0
+        size = config.train.batch_size
+        offsets = {int(row): i for i, row in enumerate(rows)}
 
-    def __len__(self) -> int:
-        return len(self._starts) * len(self._rows)
+        def to_devices(local: Sample) -> Batch:
+            def place(x: np.ndarray) -> jax.Array:
+                def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+                    assert index is not None
+                    start, stop, _ = index[0].indices(size)
+                    return x[offsets[start] : offsets[start] + stop - start]
 
-    def __getitem__(self, i: int) -> Sample:
-        batch, row = divmod(int(i), len(self._rows))
-        index = self._index(self._starts[batch] + int(self._rows[row]))
-        if index is None:
-            return Sample(np.zeros_like(self._split[0].image), np.array(-1, np.int32))
-        return self._split[index]
+                return jax.make_array_from_callback((size, *x.shape[1:]), sharding, shard)
 
-    def __repr__(self) -> str:
-        return f"HostRows({len(self)} samples)"
+            batch = Batch(place(local.image), place(local.label))
+            self._made += 1
+            return batch
+
+        ready = config.data.prefetch_batches
+        read = grain.ReadOptions(
+            num_threads=config.data.read_threads,
+            prefetch_buffer_size=ready * len(rows) if config.data.read_threads else 0,
+        )
+        # The read buffer counts elements, so batches are made after it.
+        dataset = grain.MapDataset.source(samples).to_iter_dataset(read).batch(len(rows)).map(to_devices)
+        self._iterator = iter(ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=ready))
+        self._iterator.start_prefetch()
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._used += 1
+        return batch
+
+    def metrics(self) -> dict[str, float]:
+        """How the input does, for the log."""
+        return {"data/ready_batches": self._made - self._used, **self._samples.metrics()}
+
+    def close(self) -> None:
+        self._samples.close()  # first: who waits for bytes would wait on
+        self._iterator.close()
 
 
 def train_batches(
     config: RunConfig, split: Split, sharding: NamedSharding, *, position: int, steps: int
-) -> Iterator[Batch]:
+) -> Batches:
     """`steps` training batches from `position` on, shuffled anew each epoch."""
-
-    def index(p: int) -> int:
-        return sample_index(p, num_examples=len(split), seed=config.train.seed)
-
-    size = config.train.batch_size
-    return _batches(config, split, index, range(position, position + steps * size, size), sharding)
-
-
-def eval_batches(config: RunConfig, split: Split, sharding: NamedSharding) -> Iterator[Batch]:
-    """The whole split in order, once; the last batch is filled up with label -1."""
-
-    def index(p: int) -> int | None:
-        return p if p < len(split) else None
-
-    return _batches(config, split, index, range(0, len(split), config.train.batch_size), sharding)
-
-
-def _batches(
-    config: RunConfig,
-    split: Split,
-    index: Callable[[int], int | None],
-    starts: range,
-    sharding: NamedSharding,
-) -> Iterator[Batch]:
     size = config.train.batch_size
     rows = local_rows(sharding, size)
-    offsets = {int(row): i for i, row in enumerate(rows)}
+    order = train_order(config, len(split), split.block_starts)
+    demand = Demand(order, position, position + steps * size, size, rows)
+    return Batches(config, split.samples(demand, train=True), rows, sharding)
 
-    def to_devices(local: Sample) -> Batch:
-        def place(x: np.ndarray) -> jax.Array:
-            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-                assert index is not None
-                start, stop, _ = index[0].indices(size)
-                return x[offsets[start] : offsets[start] + stop - start]
 
-            return jax.make_array_from_callback((size, *x.shape[1:]), sharding, shard)
-
-        return Batch(place(local.image), place(local.label))
-
-    ready = config.data.prefetch_batches
-    read = grain.ReadOptions(
-        num_threads=config.data.read_threads,
-        prefetch_buffer_size=ready * len(rows) if config.data.read_threads else 0,
-    )
-    # The read buffer counts elements, so batches are made after it.
-    dataset = (
-        grain.MapDataset.source(_HostRows(split, index, starts, rows))
-        .to_iter_dataset(read)
-        .batch(len(rows))
-        .map(to_devices)
-    )
-    return iter(ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=ready))
+def eval_batches(config: RunConfig, split: Split, sharding: NamedSharding) -> Batches:
+    """The whole split once; the last batch is filled up with label -1."""
+    size = config.train.batch_size
+    rows = local_rows(sharding, size)
+    order = eval_order(config, len(split), split.block_starts)
+    padded = -(-len(split) // size) * size
+    demand = Demand(order, 0, padded, size, rows, limit=len(split))
+    return Batches(config, split.samples(demand, train=False), rows, sharding)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

@@ -4,6 +4,7 @@ The Google client lists, uploads and finds credentials; bodies are read over its
 costs a tenth of the client's own download path.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from google.cloud.storage import Client
 
 CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0
+RETRY_SECONDS = 15.0
+"""For listing and small objects; ranges are fetch.py's."""
 CONNECTIONS = 32
 CHUNK_BYTES = 1 << 18
 
@@ -44,6 +47,10 @@ class TransientError(Exception):
 
 class AbandonedError(Exception):
     """A read whose result is no longer wanted."""
+
+
+Progress = Callable[[int], bool]
+"""Told the number of bytes of each piece received; answers whether to go on."""
 
 
 class Store(Protocol):
@@ -73,12 +80,10 @@ class Store(Protocol):
 
     def delete(self, name: str) -> None: ...
 
-    def fetch(
-        self, obj: Object, offset: int, into: Sequence[memoryview], abandoned: Callable[[], bool]
-    ) -> None:
+    def fetch(self, obj: Object, offset: int, into: Sequence[memoryview], progress: Progress) -> None:
         """Fill the buffers, one after another, with the bytes of `obj` from `offset` on.
 
-        Raises TransientError, AbandonedError once `abandoned()`, and UserError where the object has been
+        Raises TransientError, AbandonedError once `progress` says so, and UserError where the object has been
         replaced or removed, or may not be read.
         """
         ...
@@ -126,9 +131,7 @@ class Folder:
     def delete(self, name: str) -> None:
         (self._path / name).unlink(missing_ok=True)
 
-    def fetch(
-        self, obj: Object, offset: int, into: Sequence[memoryview], abandoned: Callable[[], bool]
-    ) -> None:
+    def fetch(self, obj: Object, offset: int, into: Sequence[memoryview], progress: Progress) -> None:
         try:
             # Opened for each read: thousands of shards would exceed the limit of open files.
             descriptor = os.open(self._path / obj.name, os.O_RDONLY)
@@ -141,6 +144,7 @@ class Folder:
                 raise _replaced(self.url, obj)
             os.lseek(descriptor, offset, os.SEEK_SET)
             _read_vectored(descriptor, into, f"{self.url}/{obj.name}")
+            progress(sum(map(len, into)))
         except OSError as e:
             raise TransientError(f"{self.url}/{obj.name}: {e}") from None
         finally:
@@ -221,15 +225,10 @@ class Bucket:
     def delete(self, name: str) -> None:
         from google.cloud.exceptions import NotFound
 
-        with _explained(self.url):
-            try:
-                self._blob(name).delete(retry=_retry())
-            except NotFound:
-                pass
+        with _explained(self.url), contextlib.suppress(NotFound):
+            self._blob(name).delete(retry=_retry())
 
-    def fetch(
-        self, obj: Object, offset: int, into: Sequence[memoryview], abandoned: Callable[[], bool]
-    ) -> None:
+    def fetch(self, obj: Object, offset: int, into: Sequence[memoryview], progress: Progress) -> None:
         import requests
         import urllib3
         from google.auth.exceptions import GoogleAuthError, TransportError
@@ -248,7 +247,7 @@ class Bucket:
             )
             with response:
                 self._check(response, obj, where)
-                _fill(response.raw, into, where, abandoned)
+                _fill(response.raw, into, where, progress)
         except (requests.RequestException, urllib3.exceptions.HTTPError, TransportError, OSError) as e:
             raise TransientError(f"{where}: {_first_line(e)}") from None
         except GoogleAuthError as e:
@@ -276,12 +275,12 @@ class Bucket:
         return self._bucket.blob(self._prefix + name)
 
 
-def _fill(raw: Any, into: Sequence[memoryview], where: str, abandoned: Callable[[], bool]) -> None:
+def _fill(raw: Any, into: Sequence[memoryview], where: str, progress: Progress) -> None:
     """Copy a response's body into the buffers: the one copy that its bytes see in this process."""
     views = iter(into)
     view = next(views)
     while chunk := memoryview(raw.read(CHUNK_BYTES)):
-        if abandoned():
+        if not progress(len(chunk)):
             raise AbandonedError
         while len(chunk) >= len(view):
             view[:] = chunk[: len(view)]
@@ -324,7 +323,7 @@ def _session(client: "Client") -> Any:
 def _retry() -> Any:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    return DEFAULT_RETRY.with_timeout(30.0).with_delay(initial=0.1, maximum=4.0)
+    return DEFAULT_RETRY.with_timeout(RETRY_SECONDS).with_delay(initial=0.1, maximum=4.0)
 
 
 class _explained:  # noqa: N801 (used as a function)
@@ -347,7 +346,9 @@ class _explained:  # noqa: N801 (used as a function)
         if isinstance(error, (RequestException, TransportError, RetryError, GoogleAPICallError)):
             raise TransientError(f"{self._url} cannot be reached: {_first_line(error)}") from None
         if isinstance(error, GoogleAuthError):
-            raise UserError(f"{self._url}: the Google credentials were refused: {_first_line(error)}") from None
+            raise UserError(
+                f"{self._url}: the Google credentials were refused: {_first_line(error)}"
+            ) from None
 
 
 def _denied(where: str, status: int) -> str:

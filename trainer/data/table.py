@@ -77,11 +77,23 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.records)
 
+    def shard(self, indices: np.ndarray) -> np.ndarray:
+        """The number of the shard that holds each record."""
+        return np.searchsorted(self.first, indices, side="right") - 1
+
+    def where(self, index: int) -> str:
+        """Names a record in words: object, number in it, bytes."""
+        shard, row = int(self.shard(np.array(index))), self.records[index]
+        return (
+            f"{self.store.url}/{self.objects[shard].name}, record {index - int(self.first[shard])} "
+            f"(bytes {row['offset']} to {row['offset'] + row['length']})"
+        )
+
 
 def publish(
     destination: Store,
     *,
-    format: str,
+    format: str,  # noqa: A002 (the manifest's word)
     shards: Sequence[Shard],
     records: np.ndarray,
     classes: Sequence[str] | None,

@@ -1,0 +1,63 @@
+"""Small datasets, written as `launch data convert` lays them out."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from trainer.data.formats import array_record, example
+from trainer.data.storage import open_store
+from trainer.data.table import RECORD, Manifest, Shard, publish
+
+
+def jpegs(n: int, size: int = 12, seed: int = 0) -> list[bytes]:
+    """Images that differ, smooth enough to survive JPEG."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for corners in rng.integers(0, 256, (n, 2, 2, 3), np.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(corners).resize((size, size)).save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+    return images
+
+
+def blobs(n: int, size: int = 5000, seed: int = 0) -> list[bytes]:
+    """Bytes that are no images, of about `size`."""
+    rng = np.random.default_rng(seed)
+    return [rng.bytes(int(k)) for k in rng.integers(size // 2, 3 * size // 2, n)]
+
+
+def write(
+    folder: Path,
+    images: Sequence[bytes],
+    labels: Sequence[int] | None = None,
+    *,
+    num_shards: int = 3,
+    classes: Sequence[str] | None = None,
+) -> Manifest:
+    """ArrayRecord shards in `folder`, their rows and their manifest. Labels count up unless given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = range(len(images)) if labels is None else labels
+    shards, rows = [], []
+    for number, part in enumerate(np.array_split(np.arange(len(images)), num_shards)):
+        file = folder / f"part-{number:05}-of-{num_shards:05}.array_record"
+        writer = ArrayRecordWriter(str(file), array_record.OPTIONS)
+        for i in part:
+            writer.write(example.write(images[i], labels[i]))
+        writer.close()
+        with file.open("rb") as f:
+            entries = list(array_record.scan(f))
+        rows += [(e.offset, e.length, google_crc32c.value(e.image), e.label) for e in entries]
+        content = file.read_bytes()
+        shards.append(Shard(file.name, len(content), google_crc32c.value(content), len(entries)))
+    return publish(
+        open_store(str(folder)),
+        format="array_record",
+        shards=shards,
+        records=np.array(rows, RECORD),
+        classes=classes,
+    )

@@ -1,0 +1,104 @@
+"""What was read from a bucket, kept on a local disk for later epochs and runs: a file a block.
+
+A file appears whole, by a rename, and is named by all that decides its content, so processes share a folder
+without locks and a kill leaves nothing to mend. What it holds is checked record by record as it is used.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.request import Request
+
+_log = logging.getLogger(__name__)
+PARTIAL = ".partial"
+LEFT_BEHIND_SECONDS = 3600
+RESCAN_SHARE = 1 / 32
+"""Of the bound: so much is written before what other processes have written is counted again."""
+
+
+class Cache:
+    """Payloads of blocks in `folder`, up to `max_bytes`; what was used longest ago goes first.
+
+    Raises OSError where the folder cannot be made or read.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self._folder, self._max_bytes = folder, max_bytes
+        self._lock = threading.Lock()
+        self._number = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob(f"*{PARTIAL}"):
+            if time.time() - file.stat().st_mtime > LEFT_BEHIND_SECONDS:
+                file.unlink(missing_ok=True)
+        self._total = self._written = self._writing = 0
+        self._make_room()
+
+    def read(self, part: Request) -> np.ndarray | None:
+        """The payload of a part of a block, or None."""
+        block = part.whole_block()
+        file = self._file(block)
+        try:
+            with file.open("rb") as f:
+                if os.fstat(f.fileno()).st_size != block.payload_bytes():
+                    return None
+                os.utime(f.fileno())
+                return np.fromfile(f, np.uint8, part.payload_bytes(), offset=part.payload_offset_in(block))
+        except FileNotFoundError:
+            return None
+
+    def keep(self, block: Request, payload: np.ndarray) -> None:
+        """Write a block. A disk that is full or broken costs the file, not the run."""
+        size = len(payload)
+        with self._lock:
+            self._number += 1
+            partial = self._folder / f"{os.getpid()}-{self._number}{PARTIAL}"
+            self._writing += size
+        try:
+            with self._lock:
+                full = self._total + self._writing > self._max_bytes
+                if full or self._written > self._max_bytes * RESCAN_SHARE:
+                    self._make_room()
+            payload.tofile(partial)
+            partial.replace(self._file(block))
+        except OSError as e:
+            partial.unlink(missing_ok=True)
+            _log.warning("data.cache: %s", e)
+        finally:
+            with self._lock:
+                self._writing -= size
+                self._total += size
+                self._written += size
+
+    def forget(self, block: Request) -> None:
+        """Drop a block that turned out damaged."""
+        self._file(block).unlink(missing_ok=True)
+
+    def _file(self, block: Request) -> Path:
+        what = (
+            f"{block.store.url}/{block.object.name}/{block.object.generation}/{block.offset}/{block.length}"
+        )
+        return self._folder / hashlib.sha256(what.encode()).hexdigest()[:40]
+
+    def _make_room(self) -> None:
+        """Count what is there, of all processes, and drop what was used longest ago."""
+        files = []
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another process may have been first
+                    stat = entry.stat()
+                    files.append((stat.st_mtime, stat.st_size, entry.path))
+        self._total, self._written = sum(size for _, size, _ in files), 0
+        room = self._max_bytes * (1 - RESCAN_SHARE) - self._writing
+        for _, size, path in sorted(files):
+            if self._total <= room:
+                break
+            if not path.endswith(PARTIAL):
+                Path(path).unlink(missing_ok=True)
+                self._total -= size

@@ -1,0 +1,289 @@
+"""Ranges of objects, fetched by a pool of threads that outlasts what storage does: throttling, broken and
+slow connections, and the odd request that hangs.
+
+A request that fails is repeated after a random wait ("full jitter", AWS Architecture Blog, "Exponential
+Backoff And Jitter"). One that takes longer than most is raced by a second ("hedged requests", Dean &
+Barroso, "The Tail at Scale", 2013), for at most a twentieth of all. Throttling halves how many run at once.
+"""
+
+import math
+import random
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trainer.data.cache import Cache
+from trainer.data.request import Request
+from trainer.data.storage import CONNECTIONS, AbandonedError, TransientError
+
+RETRY_SECONDS = 60.0
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 8.0
+HEDGE_SHARE = 0.05
+SLOW_BYTES_PER_SECOND = 25e6 / 3
+"""A request below this rate may be raced, once it is also slower than 95 % of those before."""
+FIRST_CONNECTIONS = 8
+COUNTS = ("requests", "retries", "throttled", "hedges", "hedges_won", "checksum_failures", "bytes_fetched")
+
+
+class Stats:
+    """What fetching has done so far, over all threads of a process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._seconds: deque[float] = deque(maxlen=1000)
+
+    def count(self, **counts: int) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+    def took(self, seconds: float) -> None:
+        with self._lock:
+            self._seconds.append(seconds)
+
+    def percentile(self, q: float) -> float:
+        """Of the seconds of the last 1,000 requests; NaN before the first."""
+        with self._lock:
+            return float(np.percentile(self._seconds, q)) if self._seconds else math.nan
+
+    def __getitem__(self, name: str) -> int:
+        with self._lock:
+            return self._counts[name]
+
+
+class Limiter:
+    """How many requests run at once: one more for each round that goes well, half on throttling (AIMD)."""
+
+    def __init__(self, most: int = CONNECTIONS):
+        self._most = most
+        self._limit = float(min(FIRST_CONNECTIONS, most))
+        self._running = 0
+        self._lowered = -math.inf
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._running < int(self._limit))
+            self._running += 1
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with self._changed:
+            self._running -= 1
+            if error is None:
+                self._limit = min(self._limit + 1 / self._limit, self._most)
+            elif getattr(error, "throttled", False) and time.monotonic() - self._lowered > 1.0:
+                # Once a second: those already under way will be refused, too.
+                self._limit, self._lowered = max(self._limit / 2, 1.0), time.monotonic()
+            self._changed.notify_all()
+
+    @property
+    def limit(self) -> int:
+        return int(self._limit)
+
+
+@dataclass(eq=False)
+class _Race:
+    """One request and its runners: the first to complete wins."""
+
+    request: Request
+    begun: float = math.inf
+    """When the newest attempt of the first runner went out; infinite while it waits."""
+    hedged: bool = False
+    done: "Future[np.ndarray]" = field(default_factory=Future)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def win(self, payload: np.ndarray) -> bool:
+        with self.lock:
+            if self.done.done():
+                return False
+            self.done.set_result(payload)
+            return True
+
+    def fail(self, error: Exception) -> None:
+        with self.lock:
+            if not self.done.done():
+                self.done.set_exception(error)
+
+
+class Fetcher:
+    """The pool of a process, for training and evaluation alike."""
+
+    def __init__(
+        self,
+        *,
+        cache: Cache | None = None,
+        retry_seconds: float = RETRY_SECONDS,
+        connections: int = CONNECTIONS,
+    ):
+        self.stats = Stats()
+        self._cache = cache
+        self._fetching_blocks: dict[Request, Future[np.ndarray]] = {}
+        self.limiter = Limiter(connections)
+        self._retry_seconds = retry_seconds
+        self._pool = ThreadPoolExecutor(connections, "fetch")
+        self._hedges = ThreadPoolExecutor(max(connections // 4, 1), "hedge")
+        self._races: set[_Race] = set()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="hedging", daemon=True)
+        self._watcher.start()
+
+    def submit(self, request: Request, *, fresh: bool = False) -> "Future[np.ndarray]":
+        """The payload as a uint8 array, once it is there; `fresh`: not from the cache.
+
+        The future raises UserError at once for what a repetition cannot mend, else TransientError when
+        repetitions have not mended it within `retry_seconds`.
+        """
+        if self._cache is None or request.block is None:
+            return self._race(request)
+        if fresh:
+            self._cache.forget(request.whole_block())
+            return self._race(request)
+        part: Future[np.ndarray] = Future()
+        self._pool.submit(self._cached, request, part, self._cache)
+        return part
+
+    def metrics(self) -> dict[str, float]:
+        """What has been done so far; times are of the last 1,000 requests."""
+        stats = self.stats
+        counts: dict[str, float] = {f"data/{name}": stats[name] for name in COUNTS}
+        if self._cache is not None:
+            hits, misses = stats["cache_hits"], stats["cache_misses"]
+            counts["data/cache_hit_share"] = hits / max(hits + misses, 1)
+        return {
+            **counts,
+            **{f"data/get_p{q}_ms": 1000 * stats.percentile(q) for q in (50, 95, 99) if stats["requests"]},
+            "data/fetched_per_used": stats["bytes_fetched"] / max(stats["bytes_used"], 1),
+            "data/connections": self.limiter.limit,
+        }
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self._closing.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._hedges.shutdown(wait=False, cancel_futures=True)
+        self._watcher.join()
+
+    def _cached(self, request: Request, part: "Future[np.ndarray]", cache: Cache) -> None:
+        """Take a part from the cache, or fetch its whole block for this and whoever else waits for it."""
+        try:
+            found = cache.read(request)
+        except OSError as e:
+            part.set_exception(e)
+            return
+        self.stats.count(cache_hits=int(found is not None), cache_misses=int(found is None))
+        if found is not None:
+            part.set_result(found)
+            return
+        block = request.whole_block()
+
+        def deliver(done: "Future[np.ndarray]") -> None:
+            error = done.exception()
+            if error is not None:
+                part.set_exception(error)
+                return
+            begin = request.payload_offset_in(block)
+            # A copy, for a view would hold the whole block.
+            part.set_result(done.result()[begin : begin + request.payload_bytes()].copy())
+
+        def keep(done: "Future[np.ndarray]") -> None:
+            if done.exception() is None:
+                cache.keep(block, done.result())
+            with self._lock:
+                del self._fetching_blocks[block]
+
+        with self._lock:
+            fetching = self._fetching_blocks.get(block)
+            begun = fetching is None
+            if fetching is None:
+                fetching = self._fetching_blocks[block] = Future()
+                fetching.add_done_callback(keep)
+        fetching.add_done_callback(deliver)
+        if begun:
+            self._pool.submit(self._run, _Race(block, done=fetching))
+
+    def _race(self, request: Request) -> "Future[np.ndarray]":
+        race = _Race(request)
+        self._pool.submit(self._run, race)
+        return race.done
+
+    def _run(self, race: _Race) -> None:
+        with self._lock:
+            self._races.add(race)
+        try:
+            self._persist(race)
+        except AbandonedError:
+            race.fail(AbandonedError("the reader was closed"))
+        except Exception as e:  # noqa: BLE001 (the future carries it to who waits)
+            race.fail(e)
+        finally:
+            with self._lock:
+                self._races.discard(race)
+
+    def _persist(self, race: _Race) -> None:
+        """Attempt until someone has won, or there is no sense in it any more."""
+        first_failure, attempt = math.inf, 0
+        while not race.done.done():
+            try:
+                with self.limiter:
+                    race.begun = time.monotonic()
+                    self._attempt(race, "requests")
+            except TransientError as e:
+                if race.done.done():
+                    return
+                self.stats.count(retries=1, throttled=int(e.throttled))
+                first_failure, attempt = min(first_failure, time.monotonic()), attempt + 1
+                if time.monotonic() - first_failure > self._retry_seconds:
+                    raise TransientError(f"{e}, still so after {attempt} attempts") from None
+                race.begun = math.inf
+                wait = random.uniform(0, min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt))  # noqa: S311
+                if self._closing.wait(wait):
+                    raise AbandonedError from None
+
+    def _attempt(self, race: _Race, kind: str) -> None:
+        request = race.request
+
+        def progress(num_bytes: int) -> bool:
+            self.stats.count(bytes_fetched=num_bytes)
+            return not (race.done.done() or self._closing.is_set())
+
+        payload = np.empty(request.payload_bytes(), np.uint8)
+        self.stats.count(**{kind: 1})
+        begun = time.monotonic()
+        request.store.fetch(request.object, request.offset, request.views(payload.data), progress)
+        self.stats.took(time.monotonic() - begun)
+        if race.win(payload) and kind == "hedges":
+            self.stats.count(hedges_won=1)
+
+    def _hedge(self, race: _Race) -> None:
+        # Past the limiter: what is raced may be all that the limiter lets run.
+        try:
+            self._attempt(race, "hedges")
+        except (TransientError, AbandonedError):
+            pass  # the first runner goes on
+        except Exception as e:  # noqa: BLE001 (the future carries it to who waits)
+            race.fail(e)
+
+    def _watch(self) -> None:
+        """Send a second runner after each request that is slow, while the budget lasts."""
+        while not self._closing.wait(0.02):
+            with self._lock:
+                races = [race for race in self._races if not race.hedged]
+            if not races:
+                continue
+            usual = self.stats.percentile(95)
+            for race in races:
+                patience = max(
+                    0.0 if math.isnan(usual) else usual, race.request.length / SLOW_BYTES_PER_SECOND
+                )
+                if time.monotonic() - race.begun > max(patience, 0.05) and self._may_hedge():
+                    race.hedged = True
+                    self._hedges.submit(self._hedge, race)
+
+    def _may_hedge(self) -> bool:
+        # The first one is free: a run whose first request hangs would wait for the read's time limit.
+        return self.stats["hedges"] <= HEDGE_SHARE * self.stats["requests"]

@@ -1,0 +1,259 @@
+"""The records that one process needs, fetched ahead of their use and held within a budget of bytes.
+
+The order is known, so a planner walks it ahead of the consumer, window by window: which records this
+process takes of each, and which ranges of which shards hold them. A range is freed with its last record.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import google_crc32c
+import numpy as np
+
+from trainer.data.fetch import Fetcher
+from trainer.data.formats import FORMATS
+from trainer.data.order import Demand, WindowKey
+from trainer.data.request import Request
+from trainer.data.storage import AbandonedError
+from trainer.data.table import Dataset
+
+GAP_BYTES = 16 << 10
+"""Unwanted bytes that are read along rather than asked for around: what a container puts between records."""
+RANGE_BYTES = 16 << 20
+LOOKAHEAD_BATCHES = 64
+REREADS = 2
+
+
+class DamagedRecordError(Exception):
+    """A record whose bytes do not match its checksum, however often they are read."""
+
+
+@dataclass(eq=False)
+class _Range:
+    """Neighbouring records, read by one request."""
+
+    request: Request
+    payload: "Future[np.ndarray] | None" = None
+    remaining: int = 0
+    """Records still to be taken."""
+
+
+@dataclass
+class _Window:
+    """What is fetched of a window: for each place that this process takes, the range that holds it."""
+
+    records: np.ndarray
+    ranges: dict[int, _Range] = field(default_factory=dict)
+    """By place."""
+
+
+class Budget:
+    """Bytes that may be held. Who waits for room gets it even so if the consumer waits for just that."""
+
+    def __init__(self, num_bytes: int):
+        self._free = num_bytes
+        self._changed = threading.Condition()
+        self._total = num_bytes
+        self._starving = 0
+        """Consumers that wait for what is not yet asked for."""
+        self._closed = False
+
+    def take(self, num_bytes: int) -> bool:
+        """Wait for room; False once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._starving > 0 or self._free >= num_bytes)
+            self._free -= num_bytes
+            return not self._closed
+
+    @property
+    def held(self) -> int:
+        return self._total - self._free
+
+    def give(self, num_bytes: int) -> None:
+        with self._changed:
+            self._free += num_bytes
+            self._changed.notify_all()
+
+    @contextmanager
+    def starving(self) -> Iterator[None]:
+        with self._changed:
+            self._starving += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._starving -= 1
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Reader:
+    """Random access to the samples of a demand, in about their order. For several threads at once."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        demand: Demand,
+        fetcher: Fetcher,
+        *,
+        budget_bytes: int,
+        block_starts: np.ndarray | None = None,
+    ):
+        """With `block_starts`, the (blocks,) first records of blocks, ranges stay within them, to be cached."""
+        self._blocks = None if block_starts is None else np.append(block_starts, len(dataset))
+        self._dataset, self._demand, self._fetcher = dataset, demand, fetcher
+        self._budget = Budget(budget_bytes)
+        self._windows: dict[WindowKey, _Window] = {}
+        self._planned = threading.Condition()
+        self._error: Exception | None = None
+        self._batch = 0
+        """Newest batch that the consumer has asked for."""
+        self._closing = False
+        self._planner = threading.Thread(target=self._plan, name="planner", daemon=True)
+        self._planner.start()
+
+    @contextmanager
+    def record(self, position: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The record at a position of the order, each asked for once: its index, and the image as it came.
+
+        The image is (bytes,) uint8, encoded and unchecked, valid within the block. Raises what fetching raises.
+        """
+        key, place = self._demand.order.locate(position)
+        window = self._window(key, position)
+        reading = window.ranges[place]
+        index = int(window.records[place])
+        assert reading.payload is not None
+        try:
+            yield index, self._image(reading.request, reading.payload.result(), index)
+        finally:
+            self._taken(key, window, place)
+
+    def checked(self, image: np.ndarray, index: int) -> np.ndarray:
+        """The image, read again where its checksum does not hold. Raises DamagedRecordError."""
+        return image if self._is_whole(image, index) else self.read(index)
+
+    def read(self, index: int) -> np.ndarray:
+        """One record by itself. Raises DamagedRecordError, and what fetching raises."""
+        request = self._request(index, index)
+        for _ in range(REREADS):
+            image = self._fetcher.submit(request, fresh=True).result()
+            if self._is_whole(image, index):
+                return image
+        raise DamagedRecordError(f"the bytes do not match their checksum, {REREADS} times read anew")
+
+    def _is_whole(self, image: np.ndarray, index: int) -> bool:
+        whole = bool(google_crc32c.value(image) == self._dataset.records["crc32c"][index])
+        self._fetcher.stats.count(checksum_failures=int(not whole))
+        return whole
+
+    def metrics(self) -> dict[str, float]:
+        return {**self._fetcher.metrics(), "data/memory_mib": self._budget.held / 2**20}
+
+    def close(self) -> None:
+        self._budget.close()
+        with self._planned:
+            self._closing = True
+            self._planned.notify_all()
+        self._planner.join()
+        self._windows.clear()
+
+    def _window(self, key: WindowKey, position: int) -> _Window:
+        """The plan of a window, waiting for the planner to come to it."""
+        batch = (position - self._demand.start) // self._demand.batch_size
+        with self._planned:
+            if batch > self._batch:
+                self._batch = batch
+                self._planned.notify_all()
+            if key not in self._windows:
+                with self._budget.starving():
+                    self._planned.wait_for(lambda: key in self._windows or self._error or self._closing)
+            if self._error:
+                raise self._error
+            if self._closing:
+                raise AbandonedError("the reader is closed")
+            return self._windows[key]
+
+    def _taken(self, key: WindowKey, window: _Window, place: int) -> None:
+        with self._planned:
+            reading = window.ranges.pop(place)
+            reading.remaining -= 1
+            if not window.ranges:
+                del self._windows[key]
+        if reading.remaining == 0:
+            reading.payload = None
+            self._budget.give(reading.request.payload_bytes())
+
+    def _plan(self) -> None:
+        try:
+            for batch, key in self._demand.windows():
+                with self._planned:
+                    self._planned.wait_for(lambda: self._closing or batch <= self._batch + LOOKAHEAD_BATCHES)  # noqa: B023
+                window, ranges = self._planned_window(key)
+                lengths = self._dataset.records["length"][window.records[list(window.ranges)]]
+                self._fetcher.stats.count(bytes_used=int(lengths.sum()))
+                for reading in ranges:
+                    if not self._budget.take(reading.request.payload_bytes()):
+                        return
+                    reading.payload = self._fetcher.submit(reading.request)
+                with self._planned:
+                    self._windows[key] = window
+                    self._planned.notify_all()
+        except Exception as e:  # noqa: BLE001 (raised where the window is waited for)
+            with self._planned:
+                self._error = e
+                self._planned.notify_all()
+
+    def _planned_window(self, key: WindowKey) -> tuple[_Window, list[_Range]]:
+        order = self._demand.order
+        window = _Window(order.records(key))
+        places = np.flatnonzero(self._demand.wanted(order.positions(key)))
+        places = places[np.argsort(window.records[places])]
+        ranges = []
+        for group in self._neighbours(window.records[places]):
+            first, last = window.records[places[[group.start, group.stop - 1]]].tolist()
+            ranges.append(_Range(self._request(first, last), remaining=len(group)))
+            window.ranges |= dict.fromkeys(places[group.start : group.stop].tolist(), ranges[-1])
+        return window, ranges
+
+    def _neighbours(self, records: np.ndarray) -> list[range]:
+        """Runs of ascending records that are read together."""
+        rows = self._dataset.records[records]
+        offsets, ends = rows["offset"].astype(np.int64), (rows["offset"] + rows["length"]).astype(np.int64)
+        apart = np.diff(self._dataset.shard(records)) != 0
+        apart |= offsets[1:] - ends[:-1] > GAP_BYTES
+        apart |= offsets[1:] // RANGE_BYTES != offsets[:-1] // RANGE_BYTES
+        if self._blocks is not None:
+            apart |= np.diff(np.searchsorted(self._blocks, records, side="right")) != 0
+        cuts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(records)]
+        return [range(a, b) for a, b in pairwise(cuts)]
+
+    def _request(self, first: int, last: int) -> Request:
+        """For the records from `first` to `last`, of one shard."""
+        dataset = self._dataset
+        block = None
+        if self._blocks is not None:
+            after = int(np.searchsorted(self._blocks, first, side="right"))
+            block = self._span(int(self._blocks[after - 1]), int(self._blocks[after]) - 1)
+        obj = dataset.objects[int(dataset.shard(np.array(first)))]
+        framing = FORMATS[dataset.manifest.format].FRAMING
+        return Request(dataset.store, obj, *self._span(first, last), framing, block)
+
+    def _span(self, first: int, last: int) -> tuple[int, int]:
+        """(offset, length) of the bytes from record `first` to record `last`."""
+        begin, end = self._dataset.records[first], self._dataset.records[last]
+        offset = int(begin["offset"])
+        return offset, int(end["offset"]) + int(end["length"]) - offset
+
+    def _image(self, request: Request, payload: np.ndarray, index: int) -> np.ndarray:
+        """A record's part of a range."""
+        record = self._request(index, index)
+        begin = record.payload_offset_in(request)
+        return payload[begin : begin + record.payload_bytes()]

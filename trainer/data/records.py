@@ -1,0 +1,201 @@
+"""The source `records`: encoded images in shards, in a folder or under gs://, read by their table.
+
+Opening checks what can be checked before the first step; a sample is its bytes, checked, decoded and cropped.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.schema import DataConfig, RunConfig
+from trainer.data.cache import Cache
+from trainer.data.fetch import Fetcher
+from trainer.data.images import eval_image, train_image
+from trainer.data.order import Demand
+from trainer.data.reader import DamagedRecordError, Reader
+from trainer.data.split import Sample, padding
+from trainer.data.table import Dataset, open_dataset
+
+_log = logging.getLogger(__name__)
+EVAL_SHARE = 0.25
+"""Of the memory budget; training holds its part while it waits for an evaluation."""
+WORKING_SPARE = 1.25
+
+
+def open_splits(config: RunConfig) -> tuple["Records", "Records"]:
+    train, held_out = config.data.train.path, config.data.eval.path
+    assert train is not None  # DataConfig saw to both
+    assert held_out is not None
+    datasets = [_opened(config, name, path) for name, path in (("train", train), ("eval", held_out))]
+    _check_classes(*datasets)
+    fetcher = Fetcher(cache=_cache(config.data))
+    return Records(config, datasets[0], fetcher), Records(config, datasets[1], fetcher)
+
+
+def _opened(config: RunConfig, split: str, path: str) -> Dataset:
+    dataset = open_dataset(path)
+    configured = getattr(config.data, split).num_examples
+    if len(dataset) != configured:
+        raise UserError(
+            f"data.{split}.num_examples = {configured}, but {path} holds {len(dataset)}; set it to that"
+        )
+    labels = dataset.records["label"]
+    outside = np.flatnonzero((labels < 0) | (labels >= config.model.num_classes))
+    if len(outside):
+        raise UserError(
+            f"{path}: {len(outside)} labels are outside of model.num_classes = {config.model.num_classes}, the "
+            f"first is {labels[outside[0]]} at record {outside[0]}; raise model.num_classes, or make the labels "
+            "start at 0 with --first-label of `launch data`"
+        )
+    return dataset
+
+
+def _check_classes(train: Dataset, held_out: Dataset) -> None:
+    a, b = train.manifest.classes, held_out.manifest.classes
+    if a is None or b is None or a == b:
+        return
+    label = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    names = [repr(c[label]) if label < len(c) else "none" for c in (a, b)]
+    raise UserError(
+        f"data.train and data.eval name their classes differently: label {label} is {names[0]} in one, {names[1]} "
+        "in the other; convert the latter with --classes and the folder of the former"
+    )
+
+
+def _cache(data: DataConfig) -> Cache | None:
+    if data.cache is None:
+        return None
+    try:
+        return Cache(Path(data.cache), int(data.cache_gib * 2**30))
+    except OSError as e:
+        raise UserError(
+            f"data.cache = {data.cache} cannot be used: {e}; give a folder on a local disk"
+        ) from None
+
+
+def block_starts(dataset: Dataset, block_bytes: float) -> np.ndarray:
+    """First record of each block: neighbours in a shard, cut where another `block_bytes` of it begin."""
+    shard = np.repeat(np.arange(len(dataset.objects)), np.diff(dataset.first))
+    piece = dataset.records["offset"] // int(block_bytes)
+    return np.flatnonzero(
+        (np.diff(shard, prepend=-1) != 0) | (np.diff(piece.astype(np.int64), prepend=-1) != 0)
+    )
+
+
+class Records:
+    """One split."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, fetcher: Fetcher):
+        self._config, self._dataset, self._fetcher = config, dataset, fetcher
+        self.digest = dataset.manifest.digest
+        self.block_starts = block_starts(dataset, config.data.block_mib * 2**20)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def samples(self, demand: Demand, *, train: bool) -> "RecordSamples":
+        budget = self._config.data.memory_mib * 2**20 * (1 - EVAL_SHARE if train else EVAL_SHARE)
+        self._check_budget(demand, budget)
+        cached = self._config.data.cache is not None and self._dataset.store.url.startswith("gs://")
+        reader = Reader(
+            self._dataset,
+            demand,
+            self._fetcher,
+            budget_bytes=int(budget),
+            block_starts=self.block_starts if cached else None,
+        )
+        config, seed = self._config, self._config.train.seed
+
+        def decode(encoded: np.ndarray, position: int) -> np.ndarray:
+            if train:
+                return train_image(
+                    encoded, seed=seed, position=position, data=config.data, augment=config.augment
+                )
+            return eval_image(encoded, data=config.data)
+
+        return RecordSamples(config, self._dataset, demand, reader, decode)
+
+    def _check_budget(self, demand: Demand, budget: float) -> None:
+        """A window of each lane that this process reads is in memory at once."""
+        order = demand.order
+        windows = len(np.unique(demand.rows * order.lanes // demand.batch_size)) * order.window
+        mean_bytes = float(self._dataset.records["length"].mean())
+        needed = min(windows, len(self)) * mean_bytes * WORKING_SPARE
+        if needed > budget:
+            data = self._config.data
+            raise UserError(
+                f"data.memory_mib = {data.memory_mib:g} is too little: shuffling {order.lanes} lanes in windows of "
+                f"{order.window} records of {mean_bytes / 1024:,.0f} KiB holds {needed / 2**20:,.0f} MiB on this "
+                f"process, {budget / data.memory_mib / 2**20:.0%} of the setting are for it; raise it, or lower "
+                "data.window (or data.block_mib) in a new run"
+            )
+
+
+class RecordSamples:
+    """The samples of one process, with what `data.on_bad_record` says for those that cannot be had."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        demand: Demand,
+        reader: Reader,
+        decode: Callable[[np.ndarray, int], np.ndarray],
+    ):
+        self._data, self._dataset, self._demand = config.data, dataset, demand
+        self._reader, self._decode = reader, decode
+        self._bad: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._demand)
+
+    def __repr__(self) -> str:
+        return f"RecordSamples({len(self)})"
+
+    def __getitem__(self, i: int) -> Sample:
+        position = self._demand.position(int(i))
+        if position is None:
+            return padding(self._data.image_size)
+        with self._reader.record(position) as (index, image):
+            try:
+                return self._sample(self._reader.checked(image, index), index, position)
+            except (DamagedRecordError, ValueError) as e:
+                return self._instead(index, position, e)
+
+    def _sample(self, encoded: np.ndarray, index: int, position: int) -> Sample:
+        return Sample(self._decode(encoded, position), self._dataset.records["label"][index].astype(np.int32))
+
+    def _instead(self, bad: int, position: int, error: Exception) -> Sample:
+        """What stands in for record `bad`, which the dataset alone decides, not the host that reads it."""
+        self._note(bad, error)
+        if self._data.on_bad_record == "mask":
+            return padding(self._data.image_size)
+        for index in range(bad + 1, bad + len(self._dataset)):
+            index %= len(self._dataset)
+            try:
+                return self._sample(self._reader.read(index), index, position)
+            except (DamagedRecordError, ValueError) as e:
+                self._note(index, e)
+        raise UserError(f"{self._dataset.store.url}: none of its records can be read")
+
+    def _note(self, bad: int, error: Exception) -> None:
+        what = f"{self._dataset.where(bad)}: {error}"
+        if self._data.on_bad_record == "raise":
+            raise UserError(f"{what}; restore it, or set data.on_bad_record to substitute or mask") from None
+        if bad not in self._bad:
+            self._bad.add(bad)
+            _log.warning("%s (data.on_bad_record = %s)", what, self._data.on_bad_record)
+        if len(self._bad) > self._data.max_bad_records:
+            raise UserError(
+                f"{len(self._bad)} bad records, more than data.max_bad_records = {self._data.max_bad_records}; "
+                f"the last: {what}. `launch data verify` lists them all"
+            ) from None
+
+    def metrics(self) -> dict[str, float]:
+        return {**self._reader.metrics(), "data/bad_records": len(self._bad)}
+
+    def close(self) -> None:
+        self._reader.close()

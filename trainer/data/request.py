@@ -1,0 +1,55 @@
+"""A range of an object, as the reader asks for it and fetching and caching pass it on."""
+
+from dataclasses import dataclass, replace
+
+from trainer.data.formats.entry import Framing
+from trainer.data.storage import Object, Store
+
+
+@dataclass(frozen=True)
+class Request:
+    """Bytes [offset, offset + length) of an object, to be delivered without the framing."""
+
+    store: Store
+    object: Object
+    offset: int
+    length: int
+    framing: Framing | None
+    block: tuple[int, int] | None = None
+    """(offset, length) of the block that it is a part of; only what has one is cached."""
+
+    def payload_bytes(self) -> int:
+        return self.length - headers_between(self.offset, self.offset + self.length, self.framing)
+
+    def payload_offset_in(self, outer: "Request") -> int:
+        """Where this range's payload begins in that of `outer`, which holds it."""
+        return self.offset - outer.offset - headers_between(outer.offset, self.offset, self.framing)
+
+    def whole_block(self) -> "Request":
+        assert self.block is not None
+        offset, length = self.block
+        return replace(self, offset=offset, length=length)
+
+    def views(self, payload: memoryview) -> list[memoryview]:
+        """Buffers that take the range in turn: parts of `payload`, and a bin for the framing between them."""
+        if self.framing is None:
+            return [payload]
+        period, header = self.framing
+        dropped = memoryview(bytearray(header))
+        views, at, taken = [], self.offset, 0
+        end = self.offset + self.length
+        while at < end:
+            if at % period == 0:
+                views.append(dropped)
+                at += header
+            part = min(end, (at // period + 1) * period) - at
+            views.append(payload[taken : taken + part])
+            taken, at = taken + part, at + part
+        return views
+
+
+def headers_between(start: int, end: int, framing: Framing | None) -> int:
+    """Bytes of framing in [start, end) of an object. Neither lies inside a header."""
+    if framing is None:
+        return 0
+    return (-(-end // framing.period) - -(-start // framing.period)) * framing.header
