@@ -149,7 +149,9 @@ def _write_part(
     shards, rows = [], []
     for k, items in enumerate(_shards(part.items(), settings.shard_mib << 20)):
         name = f"{number:05}-{k:02}.array_record"
-        shard, records = _write_shard(home, scratch / f".{name}.partial", name, items, settings, classes)
+        # Named by the process: one that outlives its killed parent for a moment shares no file with the next.
+        file = scratch / f".{name}.{os.getpid()}.partial"
+        shard, records = _write_shard(home, file, name, items, settings, classes)
         shards.append(shard)
         rows.append(records)
     written = Written(number, tuple(shards), np.concatenate(rows) if rows else np.empty(0, RECORD))
