@@ -1,6 +1,7 @@
 """Four CPU devices in every test process, cache folders of the session's own, and a Cloud Storage to each test."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -30,3 +31,6 @@ def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[gcs_server.Server]:
         monkeypatch.setenv(name, value)
     yield server
     server.close()
+    if "gcsfs" in sys.modules:  # its listings would outlive the server
+        for filesystem in sys.modules["gcsfs"].GCSFileSystem._cache.values():
+            filesystem.invalidate_cache()
