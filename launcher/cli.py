@@ -140,7 +140,6 @@ def run(
         _print_plan(plan)
         click.echo(backend.render(plan))
         return
-    _check_can_run(plan)
     changes = _check_can_continue(plan, directory)
     if _already_done(plan, directory):
         return
@@ -369,14 +368,6 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _check_can_run(plan: "Plan") -> None:
-    if plan.config["data"]["source"] == "records":
-        raise UserError(
-            "data.source = records: reading your own images is not built yet; run this recipe with "
-            "data.source=synthetic for its speed, or configs/quickstart.yaml for real images"
-        )
-
-
 def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
     """What changed in where and how long the run goes on. Raises UserError where it cannot."""
     from launcher.plan import differences
@@ -387,13 +378,12 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
         if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --name or --root")
         return []
-    changed = differences(old, plan)
-    if changed:
+    changed, steps = differences(old, plan), directory.checkpoint_steps()
+    if changed and steps:  # before the first checkpoint there is nothing to go on with
         raise UserError(
             f"run {plan.name} was started with other settings ({'; '.join(changed)}): "
             f"undo them to resume, or begin another run with --name"
         )
-    steps = directory.checkpoint_steps()
     if steps and steps[-1] > plan.steps:
         raise UserError(
             f"run {plan.name} is at step {steps[-1]} already, past train.steps = {plan.steps}; "
@@ -401,7 +391,7 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
         )
     then = {"cluster": old.cluster, "mesh": old.mesh, "steps": old.steps}
     now = {"cluster": plan.cluster, "mesh": plan.mesh, "steps": plan.steps}
-    return [f"{key}: {then[key]}, now {now[key]}" for key in then if then[key] != now[key]]
+    return changed + [f"{key}: {then[key]}, now {now[key]}" for key in then if then[key] != now[key]]
 
 
 def _already_done(plan: "Plan", directory: "RunDirectory") -> bool:
@@ -510,12 +500,31 @@ def _progress_text(plan: "Plan", report: dict[str, Any]) -> str:
     text = (
         f"step {step}/{plan.steps}  epoch {report['epoch']:.2f}/{plan.epochs:.4g}  "
         f"loss {report['train/loss']:.4f}  accuracy {report['train/accuracy']:.2%}  "
-        f"{speed:,.0f} images/s  data wait {report['speed/data_wait_share']:.0%}  "
+        f"{speed:,.0f} images/s  data wait {report['speed/data_wait_share']:.0%}{_input_text(report)}  "
         f"ETA {_duration((plan.steps - step) * plan.global_batch / speed)}"
     )
     if "eval/accuracy" in report:
         text += f"  eval {report['eval/accuracy']:.2%}"
     return text if phase == "training" else f"{text}  ({phase})"
+
+
+def _input_text(report: dict[str, Any]) -> str:
+    """How the input does, in brackets: the verdict, and where images are read, what reading is like."""
+    words = [report["bound"]] if "bound" in report else []
+    if "data/ready_batches" in report:
+        words.append(f"{report['data/ready_batches']} ready")
+    if "data/get_p50_ms" in report:
+        times = "/".join(f"{report[f'data/get_p{q}_ms']:.0f}" for q in (50, 95, 99))
+        words.append(f"GET p50/95/99 {times} ms")
+    if "data/cache_hit_share" in report:
+        words.append(f"cache {report['data/cache_hit_share']:.0%}")
+    if report.get("data/hedges"):
+        words.append(f"hedges {report['data/hedges']}, won {report['data/hedges_won']}")
+    troubles = {"retries": "retries", "checksum_failures": "checksum failures", "bad_records": "bad records"}
+    words += [
+        f"{report[f'data/{key}']} {name}" for key, name in troubles.items() if report.get(f"data/{key}")
+    ]
+    return f" ({', '.join(words)})" if words else ""
 
 
 class _Progress:

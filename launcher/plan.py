@@ -177,7 +177,9 @@ def differences(old: Plan, new: Plan) -> list[str]:
     """Settings of `new` under which the checkpoints of `old` cannot go on, as `key: old, now new`."""
     found = []
     known = old.run_config().model_dump(mode="json")  # with today's defaults for settings it did not know
-    for section, values in new.config.items():
+    # Data may move: the checkpoint has the digest of its contents.
+    known, config = (_without_paths(c) for c in (known, new.config))
+    for section, values in config.items():
         free = _FREE.get(section, set())
         if free is None:
             continue
@@ -188,3 +190,8 @@ def differences(old: Plan, new: Plan) -> list[str]:
             if key not in free and before.get(key) != value
         ]
     return found
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    data = {key: {**v, "path": None} if key in ("train", "eval") else v for key, v in config["data"].items()}
+    return {**config, "data": data}

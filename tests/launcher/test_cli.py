@@ -13,14 +13,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 import configs
+from configs.errors import UserError
 from configs.schema import json_schema
-from launcher.cli import main
+from launcher.cli import _check_can_continue, main
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
 RECIPES = Path(configs.__file__).parent
 QUICKSTART = str(RECIPES / "quickstart.yaml")
-COMMANDS = ["clusters", "list", "logs", "plan", "run", "schema", "status", "stop", "tensorboard"]
+COMMANDS = ["clusters", "data", "list", "logs", "plan", "run", "schema", "status", "stop", "tensorboard"]
 
 
 @pytest.fixture(autouse=True)
@@ -123,14 +124,6 @@ def test_command_in_the_head_of_each_recipe_can_be_planned(path, monkeypatch):
     result = launch("plan", *command[1].split())
     assert result.exit_code == 0, result.output
     assert f"run         {path.stem}  (configs/{path.name})" in result.stdout
-
-
-def test_records_are_planned_but_not_run_yet(root):
-    recipe = str(RECIPES / "r50.yaml")
-    assert launch("plan", recipe).exit_code == 0
-    assert launch("run", recipe, "--dry-run").exit_code == 0
-    assert_refused(launch(recipe), "data.source = records", "not built yet", "data.source=synthetic")
-    assert not root.exists()
 
 
 # Mistakes
@@ -237,6 +230,7 @@ def made(root, planned) -> Callable[..., RunDirectory]:
 
 def test_run_of_another_config_is_refused_and_left_alone(made):
     run = made("train.seed=1", "optimizer.momentum=0.5")
+    (run.path / "checkpoints" / "20").mkdir(parents=True)
     before = (run.path / "plan.json").read_text()
     assert_refused(
         launch(QUICKSTART),
@@ -246,7 +240,25 @@ def test_run_of_another_config_is_refused_and_left_alone(made):
         "--name",
     )
     assert (run.path / "plan.json").read_text() == before
-    assert [path.name for path in run.path.iterdir()] == ["plan.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "plan.json"]
+
+
+def test_before_the_first_checkpoint_settings_may_be_mended(made, planned):
+    run = made("train.seed=1")
+    assert _check_can_continue(planned("train.seed=2"), run) == ["train.seed: 1, now 2"]
+
+
+def test_data_may_move(made, planned):
+    recipe = [
+        "data.source=synthetic",
+        "data.train={path: A, num_examples: 99}",
+        "data.eval={path: B, num_examples: 9}",
+    ]
+    run = made(*recipe)
+    (run.path / "checkpoints" / "20").mkdir(parents=True)
+    assert _check_can_continue(planned(*recipe, "data.train.path=gs://c/d"), run) == []
+    with pytest.raises(UserError, match="data.train: .*98"):
+        _check_can_continue(planned(*recipe, "data.train.num_examples=98"), run)
 
 
 def test_folder_that_is_no_run_is_refused_and_left_alone(root):
@@ -321,7 +333,9 @@ def failed(made) -> RunDirectory:
     run.log(1, 1).write_text("joined\ncut")
     words = {
         "time": time.time(), "phase": "training", "step": 30, "epoch": 1.34, "train/loss": 1.5, "train/accuracy": 0.5,
-        "speed/images_per_second": 640.0, "speed/data_wait_share": 0.02,
+        "speed/images_per_second": 640.0, "speed/data_wait_share": 0.02, "bound": "compute-bound",
+        "data/ready_batches": 2, "data/get_p50_ms": 31.2, "data/get_p95_ms": 44.9, "data/get_p99_ms": 80.0,
+        "data/hedges": 3, "data/hedges_won": 1, "data/retries": 7, "data/checksum_failures": 0,
     }  # fmt: skip
     run.write_report(0, words)
     (run.path / "checkpoints" / "20").mkdir(parents=True)
@@ -346,7 +360,8 @@ def test_status_tells_state_progress_and_attempts(failed):
     assert lines[1] == "directory   runs/quickstart"
     assert lines[2] == (
         "progress    step 30/90  epoch 1.34/4.008  loss 1.5000  accuracy 50.00%  "
-        "640 images/s  data wait 2%  ETA 0:06"
+        "640 images/s  data wait 2% (compute-bound, 2 ready, GET p50/95/99 31/45/80 ms, hedges 3, won 1, "
+        "7 retries)  ETA 0:06"
     )
     assert lines[4:] == [
         "checkpoints 20",

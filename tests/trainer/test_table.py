@@ -1,0 +1,169 @@
+"""Opening a dataset: what is not what its manifest says is refused in one line that names it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from tests import gcs as cloud
+from tests.trainer import datasets
+from tests.trainer.small import config_of
+from trainer.data import open_splits
+from trainer.data.records import block_starts
+from trainer.data.table import open_dataset
+
+IMAGES = datasets.jpegs(40)
+LABELS = [i % 10 for i in range(40)]
+
+
+def refused(url: str) -> str:
+    with pytest.raises(UserError) as e:
+        open_dataset(url)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_a_folder_that_is_not_there_or_empty(tmp_path: Path) -> None:
+    assert refused(str(tmp_path / "no")) == f"{tmp_path}/no: there is no such folder"
+    assert "is empty; `launch data convert`" in refused(str(tmp_path))
+
+
+def test_a_bucket_that_is_not_there_or_empty_or_closed(gcs: cloud.Server) -> None:
+    assert refused("gs://nowhere/x") == "gs://nowhere/x: there is no such bucket"
+    assert "is empty; `launch data convert`" in refused(f"gs://{cloud.BUCKET}/x")
+    assert "names no bucket" in refused("gs://")
+    gcs.faults.append(cloud.Fault("status", operation="*", status=403))
+    assert "no permission to read it (HTTP 403)" in refused(f"gs://{cloud.BUCKET}/x")
+
+
+def test_an_address_that_is_none() -> None:
+    assert "lies in a folder or under gs://" in refused("s3://bucket/x")
+
+
+def test_a_file_of_credentials_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/no/such/file.json")
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    assert "/no/such/file.json" in refused("gs://bucket/x")
+
+
+def test_shards_without_a_manifest(tmp_path: Path) -> None:
+    datasets.write(tmp_path, IMAGES)
+    (tmp_path / "manifest.json").unlink()
+    assert "no manifest.json" in refused(str(tmp_path))
+    assert "launch data index" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"version": 7}', '{"version": 1, "shards": 3}'])
+def test_a_manifest_that_is_none(content: str, tmp_path: Path) -> None:
+    datasets.write(tmp_path, IMAGES)
+    (tmp_path / "manifest.json").write_text(content)
+    assert "manifest.json" in refused(str(tmp_path))
+
+
+def test_rows_of_another_manifest(tmp_path: Path) -> None:
+    datasets.write(tmp_path / "a", IMAGES)
+    datasets.write(tmp_path / "b", IMAGES[::-1])
+    (tmp_path / "a" / "records.npy").write_bytes((tmp_path / "b" / "records.npy").read_bytes())
+    assert "records.npy is not that of manifest.json" in refused(str(tmp_path / "a"))
+    (tmp_path / "a" / "records.npy").write_bytes(b"not an array")
+    assert "records.npy" in refused(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [(-1, "is missing"), (70_000, "is cut off"), (500_000, "is longer")]
+)
+def test_a_shard_that_is_missing_cut_off_or_grown(size: int, told: str, tmp_path: Path) -> None:
+    datasets.write(tmp_path, IMAGES)
+    shard = sorted(tmp_path.glob("part-*"))[1]
+    content = shard.read_bytes()
+    shard.unlink() if size < 0 else shard.write_bytes(content[:size].ljust(size, b"\0"))
+    assert f"{shard} {told}" in refused(str(tmp_path))
+
+
+def test_a_shard_in_a_bucket_with_other_contents(tmp_path: Path, gcs: cloud.Server) -> None:
+    datasets.write(tmp_path, IMAGES)
+    gcs.put_folder(tmp_path, "d/")
+    name = sorted(n for n in gcs.contents("d/") if "part-" in n)[1]
+    gcs.put(name, gcs.contents()[name][::-1])
+    assert f"{name} has other contents than its manifest says" in refused(f"gs://{cloud.BUCKET}/d")
+
+
+def test_the_digest_is_of_the_contents_wherever_they_lie(tmp_path: Path, gcs: cloud.Server) -> None:
+    here = datasets.write(tmp_path / "a", IMAGES)
+    gcs.put_folder(tmp_path / "a", "d/")
+    assert open_dataset(f"gs://{cloud.BUCKET}/d").manifest.digest == here.digest
+    assert datasets.write(tmp_path / "b", IMAGES[:-1]).digest != here.digest
+
+
+# What records and recipe must agree on
+
+
+def recipe(train: Path, held_out: Path, *overrides: str, n: int = 40) -> RunConfig:
+    return config_of(
+        "data.source=records",
+        f"data.train={{path: '{train}', num_examples: {n}}}",
+        f"data.eval={{path: '{held_out}', num_examples: 40}}",
+        *overrides,
+    )
+
+
+def told(config: RunConfig) -> str:
+    with pytest.raises(UserError) as e:
+        open_splits(config)
+    return str(e.value)
+
+
+def test_another_number_of_examples_than_the_recipe_says(tmp_path: Path) -> None:
+    datasets.write(tmp_path, IMAGES, LABELS)
+    assert (
+        told(recipe(tmp_path, tmp_path, n=41))
+        == f"data.train.num_examples = 41, but {tmp_path} holds 40; set it to that"
+    )
+
+
+def test_labels_beyond_the_networks_classes(tmp_path: Path) -> None:
+    datasets.write(tmp_path, IMAGES, [i + 1 for i in LABELS])
+    message = told(recipe(tmp_path, tmp_path))
+    assert "4 labels are outside of model.num_classes = 10, the first is 10 at record 9" in message
+    assert "--first-label" in message
+
+
+def test_splits_that_name_their_classes_differently(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(10)]
+    datasets.write(tmp_path / "a", IMAGES, LABELS, classes=names)
+    datasets.write(tmp_path / "b", IMAGES, LABELS, classes=[*names[:4], *names[5:]])
+    message = told(recipe(tmp_path / "a", tmp_path / "b"))
+    assert "label 4 is 'class 4' in one, 'class 5' in the other" in message
+    assert "--classes" in message
+
+
+def test_a_memory_that_the_shuffle_does_not_fit_in(tmp_path: Path) -> None:
+    datasets.write(tmp_path, IMAGES, LABELS)
+    config = recipe(tmp_path, tmp_path, "data.memory_mib=0.001")
+    train, _ = open_splits(config)
+    from trainer.data.pipeline import train_batches
+    from trainer.mesh import make_mesh, rows
+
+    with pytest.raises(UserError, match=r"data.memory_mib = 0.001 is too little: .* lower\s+data.window"):
+        train_batches(config, train, rows(make_mesh(4, 1)), position=0, steps=1)
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
+    datasets.write(tmp_path / "d", IMAGES, LABELS)
+    (tmp_path / "file").write_text("")
+    message = told(recipe(tmp_path / "d", tmp_path / "d", f"data.cache={tmp_path}/file/cache"))
+    assert message.startswith(f"data.cache = {tmp_path}/file/cache cannot be used")
+
+
+def test_blocks_are_neighbours_in_one_shard_of_about_their_size(tmp_path: Path) -> None:
+    datasets.write(tmp_path, datasets.blobs(300, 3000))
+    dataset = open_dataset(str(tmp_path))
+    starts = block_starts(dataset, 20_000)
+    assert starts[0] == 0
+    assert set(dataset.first[:-1]) <= set(starts.tolist())
+    ends = np.append(starts[1:], len(dataset)) - 1
+    spans = dataset.records["offset"][ends] + dataset.records["length"][ends] - dataset.records["offset"][starts]
+    assert 14_000 < np.mean(spans) <= 20_000
+    assert np.max(spans) < 20_000 + 4600
