@@ -22,7 +22,7 @@ BAR = 40
 CLASSES_SHOWN = 5
 
 
-class DataCommands(click.Group):
+class DataCommand(click.Command):
     """What storage refuses for good is one line, as what the user must mend."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -38,9 +38,13 @@ class DataCommands(click.Group):
             raise UserError(f"{e.filename}: {e.strerror}") from None
 
 
+class DataCommands(click.Group):
+    command_class = DataCommand
+
+
 @click.group(cls=DataCommands)
 def data() -> None:
-    """Bring images: convert, index, verify, inspect."""
+    """Bring images: convert, index, verify, inspect, order."""
 
 
 _jobs = click.option(
@@ -179,13 +183,37 @@ def inspect(path: str, sheet: Path | None, count: int) -> None:
         click.echo(f"\n{write_sheet(dataset, sheet, count)} images in {sheet}")
 
 
+@data.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
+@click.option("--hosts", type=click.IntRange(min=1), default=1, show_default=True, help="Hosts of the run.")
+@click.option("--host", type=click.IntRange(min=0), help="Only what this host reads. Default: all hosts.")
+@click.option(
+    "--start", type=click.IntRange(min=0), default=0, show_default=True, help="First position: images so far."
+)
+@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Lines.")
+def order(
+    config: Path, overrides: tuple[str, ...], hosts: int, host: int | None, start: int, count: int
+) -> None:
+    """The samples that training on CONFIG will see, one a line: POSITION SHARD RECORD LABEL."""
+    from configs.load import load
+    from trainer.data.tools.keys import keys
+
+    if host is not None and host >= hosts:
+        raise UserError(f"--host {host}: of --hosts {hosts}, hosts are 0 to {hosts - 1}")
+    for key in keys(load(config, overrides), hosts=hosts, host=host, start=start, num_keys=count):
+        click.echo(f"{key.position} {key.shard} {key.record} {key.label}")
+
+
 # What is printed
 
 
 def _print_published(place: str, manifest: "Manifest") -> None:
     num_shards, num_bytes = len(manifest.shards), sum(s.size for s in manifest.shards)
     click.echo(f"{'dataset':<12}{place}")
-    click.echo(f"{'records':<12}{manifest.num_examples:,} in {num_shards:,} shards, {_size(num_bytes)}")
+    click.echo(
+        f"{'records':<12}{manifest.num_examples:,} in {_many(num_shards, 'shard')}, {_size(num_bytes)}"
+    )
     if manifest.classes:
         click.echo(f"{'classes':<12}{len(manifest.classes):,}")
     click.echo(f"{'digest':<12}{manifest.digest}")
@@ -204,7 +232,8 @@ def _print_classes(counts: Any, classes: tuple[str, ...] | None) -> None:
     import numpy as np
 
     low, mid, high = int(counts.min()), float(np.median(counts)), int(counts.max())
-    click.echo(f"{'classes':<12}{len(counts):,}, of {low:,} to {high:,} images, median {mid:,.0f}")
+    each = f"{low:,} images each" if low == high else f"{low:,} to {high:,} images, median {mid:,.0f}"
+    click.echo(f"{'classes':<12}{len(counts):,}, of {each}")
     order = sorted(range(len(counts)), key=lambda label: (-counts[label], label))
     shown = (
         order if len(order) <= 2 * CLASSES_SHOWN else [*order[:CLASSES_SHOWN], None, *order[-CLASSES_SHOWN:]]
@@ -216,6 +245,10 @@ def _print_classes(counts: Any, classes: tuple[str, ...] | None) -> None:
         name = classes[label] if classes else str(label)
         bar = "█" * round(BAR * counts[label] / high)
         click.echo(f"{'':<12}{name[:20]:<20} {bar or '▏'} {counts[label]:,}")
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _size(num_bytes: float) -> str:

@@ -32,6 +32,7 @@ from launcher.backends import Exit
 from launcher.cli import main
 from launcher.plan import _FREE, Plan
 from launcher.rundir import RunDirectory
+from tests.trainer import datasets
 
 REPOSITORY = Path(configs.__file__).parent.parent
 DOCS = REPOSITORY / "docs"
@@ -103,6 +104,12 @@ def same(shown: list[str], actual: str, *, beginning: bool = False) -> bool:
     return bool((re.match if beginning else re.fullmatch)(pattern, actual.rstrip("\n") + "\n"))
 
 
+def all_commands() -> list[click.Command]:
+    """The commands of `launch`, and those of its groups."""
+    groups = [c for c in main.commands.values() if isinstance(c, click.Group)]
+    return [*main.commands.values(), *(c for group in groups for c in group.commands.values())]
+
+
 # Links and names
 
 
@@ -152,10 +159,8 @@ FOREIGN_OPTIONS = {"--logdir", "--root-user-action"}
 
 @pytest.mark.parametrize("page", TEXTS, ids=page_id)
 def test_options_and_commands_named_in_the_text_exist(page: Path):
-    options = {o for c in [main, *main.commands.values()] for p in c.params for o in p.opts} | {
-        "--help",
-        "-h",
-    }
+    options = {o for c in [main, *all_commands()] for p in c.params for o in p.opts + p.secondary_opts}
+    options |= {"--help", "-h"}
     for script in (REPOSITORY / "benchmarks").glob("*.py"):
         options |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     unknown = []
@@ -239,10 +244,11 @@ def test_every_exception_occurs():
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the recipes and one finished run of the quickstart, on a machine without GPUs."""
+    """A folder with the recipes, some images and one finished run of the quickstart, without GPUs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     shutil.copytree(REPOSITORY / "configs", "configs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    _write_images(tmp_path)
     planned = CliRunner().invoke(main, ["plan", "configs/quickstart.yaml", "--json"])
     run = RunDirectory(tmp_path / "runs" / "quickstart")
     run.create(Plan.from_json(planned.stdout))
@@ -255,6 +261,21 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for step in (46, 68, 90):
         (run.path / "checkpoints" / str(step)).mkdir(parents=True)
     return tmp_path
+
+
+def _write_images(desk: Path) -> None:
+    """photos/ with a folder a class, and tfrecords/ with labels from 1."""
+    for split, size in (("train", 20), ("val", 5)):
+        for label, name in enumerate(("daisy", "rose", "tulip")):
+            folder = desk / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i, image in enumerate(datasets.jpegs(size, size=96, seed=label)):
+                (folder / f"{i:03}.jpg").write_bytes(image)
+    images = datasets.jpegs(20)
+    for split, shards in (("train", 2), ("validation", 1)):
+        for k in range(shards):
+            file = desk / "tfrecords" / f"{split}-{k:05}-of-{shards:05}"
+            datasets.write_tfrecord(file, images, [i % 5 + 1 for i in range(20)])
 
 
 FINISHED: dict[str, Any] = {
@@ -477,7 +498,7 @@ def test_fields_of_attempts_and_result_are_those_written(desk: Path):
 def test_every_option_is_explained():
     """Each option of each command is named in the docs."""
     text = "\n".join(page.read_text(encoding="utf-8") for page in WITH_COMMANDS)
-    options = [p.opts for c in main.commands.values() for p in c.params if isinstance(p, click.Option)]
+    options = [p.opts for c in all_commands() for p in c.params if isinstance(p, click.Option)]
     assert [names for names in options if not any(name in text for name in names)] == []
 
 

@@ -40,6 +40,11 @@ def test_launch_loads_no_jax(arguments):
     assert HEAVY & set(done.stdout.splitlines()[-1].split()) == set()
 
 
+def test_help_of_launch_data_loads_neither_trainer_nor_pydantic():
+    done = python(LAUNCH, "data", "convert", "--help")
+    assert (HEAVY | {"pydantic", "numpy", "google"}) & set(done.stdout.splitlines()[-1].split()) == set()
+
+
 def test_no_module_of_configs_and_launcher_loads_jax():
     # worker.py too: it imports jax inside a function, once its lifeline holds.
     done = python(

@@ -1,6 +1,7 @@
 """Small datasets, written as `launch data convert` lays them out."""
 
 import io
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from trainer.data.formats import array_record, example
+from trainer.data.formats import array_record, example, tfrecord
 from trainer.data.storage import open_store
 from trainer.data.table import RECORD, Manifest, Shard, publish
 
@@ -29,6 +30,17 @@ def blobs(n: int, size: int = 5000, seed: int = 0) -> list[bytes]:
     """Bytes that are no images, of about `size`."""
     rng = np.random.default_rng(seed)
     return [rng.bytes(int(k)) for k in rng.integers(size // 2, 3 * size // 2, n)]
+
+
+def write_tfrecord(file: Path, images: Sequence[bytes], labels: Sequence[int]) -> None:
+    """A TFRecord of tf.train.Example."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as f:
+        for image, label in zip(images, labels, strict=True):
+            record = example.write(image, label)
+            length = struct.pack("<Q", len(record))
+            for part in (length, record):
+                f.write(part + struct.pack("<I", tfrecord.masked_crc32c(part)))
 
 
 def write(

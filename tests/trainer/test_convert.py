@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -16,8 +15,8 @@ from grain.sources import ArrayRecordDataSource
 from PIL import Image
 
 from configs.errors import UserError
-from tests.trainer.datasets import jpegs
-from trainer.data.formats import FORMATS, example, tfrecord
+from tests.trainer.datasets import jpegs, write_tfrecord
+from trainer.data.formats import FORMATS, example
 from trainer.data.table import MANIFEST, Dataset, open_dataset
 from trainer.data.tools import convert as tool
 from trainer.data.tools import inputs
@@ -124,7 +123,6 @@ def test_eval_takes_the_labels_of_train(folder: Path, tmp_path: Path):
 
 
 def test_resizing_shrinks_the_short_side_and_leaves_small_images_as_they_are(folder: Path, tmp_path: Path):
-    pytest.importorskip("trainer.data.images")
     big = io.BytesIO()
     Image.new("RGB", (200, 100), (10, 200, 30)).save(big, "PNG")
     (folder / "ant" / "big.png").write_bytes(big.getvalue())
@@ -138,16 +136,6 @@ def test_resizing_shrinks_the_short_side_and_leaves_small_images_as_they_are(fol
 
 
 # Other inputs
-
-
-def tf_records(path: Path, images, labels) -> None:
-    def framed(record: bytes) -> bytes:
-        length = struct.pack("<Q", len(record))
-        crcs = [struct.pack("<I", tfrecord.masked_crc32c(part)) for part in (length, record)]
-        return length + crcs[0] + record + crcs[1]
-
-    path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_bytes(b"".join(framed(example.write(i, k)) for i, k in zip(images, labels, strict=True)))
 
 
 def tar(path: Path, images, labels) -> None:
@@ -173,7 +161,7 @@ def parquet(path: Path, images, labels, *, names=None) -> None:
 
 
 WRITERS = {
-    "tfrecord": ("x-train.tfrecord-{:05}-of-00002", tf_records),
+    "tfrecord": ("x-train.tfrecord-{:05}-of-00002", write_tfrecord),
     "webdataset": ("x-{:06}.tar", tar),
     "parquet": ("train-{:05}-of-00002.parquet", parquet),
 }
@@ -216,7 +204,7 @@ def test_converted_shards_are_indexed_to_the_same_table(folder: Path, tmp_path: 
 
 def test_a_pattern_takes_one_split_of_a_folder(tmp_path: Path):
     expected = two_shards("tfrecord", tmp_path / "in", LABELS)
-    tf_records(tmp_path / "in" / "x-validation.tfrecord-00000-of-00001", IMAGES[:3], [9, 9, 9])
+    write_tfrecord(tmp_path / "in" / "x-validation.tfrecord-00000-of-00001", IMAGES[:3], [9, 9, 9])
     (tmp_path / "in" / "dataset_info.json").write_text("{}")
     indexed(tmp_path / "in" / "x-train*", tmp_path / "table")
     assert records(open_dataset(str(tmp_path / "table"))) == expected
@@ -460,7 +448,7 @@ def test_a_shard_that_is_cut_off_is_named(kind: str, tmp_path: Path):
 
 
 def test_shards_without_records_are_no_dataset(tmp_path: Path):
-    tf_records(tmp_path / "in" / "a.tfrecord", [], [])
+    write_tfrecord(tmp_path / "in" / "a.tfrecord", [], [])
     with pytest.raises(UserError, match="not one image"):
         convert(tmp_path / "in", tmp_path / "out", "tfrecord")
     with pytest.raises(UserError, match="hold no records"):
@@ -499,12 +487,10 @@ def test_sound_records_are_all_good(kind: str, folder: Path, tmp_path: Path):
     else:
         two_shards(kind, tmp_path / "in", LABELS)
         indexed(tmp_path / "in")
-    decode = pytest.importorskip("trainer.data.images") is not None
-    assert verify(open_dataset(str(tmp_path / "in")), decode=decode, jobs=1, progress=ignore) == []
+    assert verify(open_dataset(str(tmp_path / "in")), decode=True, jobs=1, progress=ignore) == []
 
 
 def test_a_record_that_does_not_decode_is_named(folder: Path, tmp_path: Path):
-    pytest.importorskip("trainer.data.images")
     broken = IMAGES[3][: len(IMAGES[3]) // 2]
     (folder / "ant" / "03.JPEG").write_bytes(broken)
     convert(folder, tmp_path / "out")
@@ -524,7 +510,6 @@ def test_a_dataset_sorted_by_class_is_told(tmp_path: Path):
 
 
 def test_the_contact_sheet_shows_the_images(folder: Path, tmp_path: Path):
-    pytest.importorskip("trainer.data.images")
     convert(folder, tmp_path / "out")
     assert write_sheet(open_dataset(str(tmp_path / "out")), tmp_path / "sheet.png", 9) == 9
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -1,0 +1,42 @@
+"""`launch data order`: the samples that a host will train on, without reading one."""
+
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import NamedTuple
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from trainer.data.order import train_order
+from trainer.data.records import block_starts
+from trainer.data.table import open_dataset
+
+
+class Key(NamedTuple):
+    """One sample of the training stream."""
+
+    position: int
+    """In the stream, which goes on from epoch to epoch."""
+    shard: str
+    record: int
+    """In its shard."""
+    label: int
+
+
+def keys(config: RunConfig, *, hosts: int, host: int | None, start: int, num_keys: int) -> Iterator[Key]:
+    """The first keys at or after position `start` of host `host` of `hosts`; of all hosts where it is None."""
+    path, size = config.data.train.path, config.train.batch_size
+    if path is None:
+        raise UserError(f"data.source = {config.data.source} has no shards; only `records` has keys to show")
+    if size % hosts:
+        raise UserError(f"--hosts {hosts} does not divide train.batch_size = {size}")
+    dataset = open_dataset(path)
+    order = train_order(config, len(dataset), block_starts(dataset, config.data.block_mib * 2**20))
+    # A host's devices hold neighbouring rows of each batch.
+    mine = (p for p in count(start) if host is None or p % size // (size // hosts) == host)
+    for position in islice(mine, num_keys):
+        index = order.index(position)
+        shard = int(np.searchsorted(dataset.first, index, side="right")) - 1
+        label = int(dataset.records["label"][index])
+        yield Key(position, dataset.objects[shard].name, index - int(dataset.first[shard]), label)
