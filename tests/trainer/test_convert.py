@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from grain.sources import ArrayRecordDataSource
 from PIL import Image
 
 from configs.errors import UserError
+from tests.gcs import Fault
 from tests.trainer.datasets import jpegs, write_tfrecord
 from trainer.data.formats import FORMATS, example
 from trainer.data.table import MANIFEST, Dataset, open_dataset
 from trainer.data.tools import convert as tool
-from trainer.data.tools import inputs
+from trainer.data.tools import inputs, parallel
 from trainer.data.tools.index import index
 from trainer.data.tools.summary import summarize, write_sheet
 from trainer.data.tools.verify import verify
@@ -229,7 +231,7 @@ def test_the_first_label_is_brought_to_0(make, tmp_path: Path):
 def test_a_label_below_0_is_refused_with_its_record(make, tmp_path: Path):
     two_shards("tfrecord", tmp_path / "in", LABELS)
     with pytest.raises(
-        UserError, match=r"x-train.tfrecord-00000-of-00002.*label 0 less --first-label 1, which is below"
+        UserError, match=r"x-train.tfrecord-00000-of-00002.*label 0 less --first-label 1, but labels are 0 to"
     ):
         make(tmp_path / "in", tmp_path / "out", first_label=1)
     assert not (tmp_path / "out" / MANIFEST).exists()
@@ -277,6 +279,17 @@ def test_a_bucket_is_indexed_in_place(tmp_path: Path, gcs):
     assert records(open_dataset("gs://bucket/in")) == expected
 
 
+def test_a_shard_that_comes_damaged_is_read_again(tmp_path: Path, gcs):
+    expected = two_shards("webdataset", tmp_path / "in", LABELS)
+    gcs.put_folder(tmp_path / "in", "in/")
+    gcs.faults.append(Fault("corrupt", count=1))
+    indexed("gs://bucket/in", tmp_path / "table")
+    assert records(open_dataset(str(tmp_path / "table"))) == expected
+    gcs.faults.append(Fault("corrupt"))
+    with pytest.raises(UserError, match=r"gs://bucket/in/x-000000.tar comes damaged"):
+        indexed("gs://bucket/in", tmp_path / "other")
+
+
 # Killed, and gone on with
 
 
@@ -319,7 +332,10 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(many: Path, tmp_path: Pat
                 process.stdin.write(b"\n")
                 process.stdin.flush()
             assert process.stdout.readline() == b"part\n"
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) > jobs or jobs == 1
         process.send_signal(signal.SIGKILL)
+    until_ended(workers)
     with pytest.raises(UserError, match="no manifest"):
         open_dataset(str(killed))
     done = {p.name: p.stat().st_mtime_ns for p in killed.glob("*.part")}
@@ -332,6 +348,24 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(many: Path, tmp_path: Pat
     assert contents(killed) == contents(whole)
     assert {name: (killed / name).stat().st_mtime_ns for name in shards} == shards
     assert list(killed.glob(".*.partial")) == []
+
+
+def until_ended(processes: list[str]) -> None:
+    def state(process: str) -> str:
+        try:
+            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return "gone"
+
+    deadline = time.monotonic() + 20
+    while any(state(p) not in ("Z", "gone") for p in processes):
+        assert time.monotonic() < deadline, "the workers go on without their parent"
+        time.sleep(0.01)
+
+
+def test_a_worker_that_is_killed_is_told():
+    with pytest.raises(UserError, match="fewer --jobs"):
+        list(parallel.run(os._exit, [1, 1], jobs=2))
 
 
 def test_only_the_same_conversion_goes_on(many: Path, tmp_path: Path):

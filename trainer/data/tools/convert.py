@@ -28,7 +28,7 @@ from trainer.data.table import MANIFEST, RECORD, Manifest, Shard, parse_manifest
 from trainer.data.tools import inputs, parallel
 from trainer.data.tools.images import is_image, shrink
 from trainer.data.tools.inputs import Item, Listing, Part
-from trainer.data.tools.shards import checksum, place, split_pattern
+from trainer.data.tools.shards import checksum, from_zero, place, split_pattern
 
 JOURNAL = "convert.json"
 
@@ -203,10 +203,10 @@ def _write_shard(
 
 def _prepared(item: Item, settings: Settings, classes: Sequence[str] | None) -> tuple[bytes, int]:
     """The bytes to write and the label. Raises UserError where the item is none of an image and a label."""
-    label = item.label - settings.first_label
-    if label < 0:
-        why = f" less --first-label {settings.first_label}" * bool(settings.first_label)
-        raise UserError(f"{item.name} has the label {item.label}{why}, which is below 0; labels begin at 0")
+    try:
+        label = from_zero(item.label, settings.first_label)
+    except ValueError as e:
+        raise UserError(f"{item.name} {e}") from None
     if classes is not None and label >= len(classes):
         hint = "" if settings.first_label else "; if labels begin at 1, add --first-label 1"
         raise UserError(f"{item.name} has the label {label}, but there are {len(classes)} classes{hint}")

@@ -12,7 +12,7 @@ from trainer.data.formats import FORMATS, detect, format_of
 from trainer.data.storage import Object, Store, open_store
 from trainer.data.table import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
 from trainer.data.tools import parallel
-from trainer.data.tools.shards import find, opened, place, split_pattern
+from trainer.data.tools.shards import find, from_zero, opened, place, split_pattern
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def _scan(url: str, format_name: str, first_label: int, numbered: tuple[int, Obj
     with opened(store, obj) as (file, crc):
         try:
             for entry in FORMATS[format_name].scan(file):
-                label = entry.label - first_label
-                if label < 0:
-                    why = f" less --first-label {first_label}" * bool(first_label)
-                    raise ValueError(f"record {len(rows)} has the label {entry.label}{why}, which is below 0")
+                try:
+                    label = from_zero(entry.label, first_label)
+                except ValueError as e:
+                    raise ValueError(f"record {len(rows)} {e}") from None
                 rows.append((entry.offset, entry.length, google_crc32c.value(entry.image), label))
         except ValueError as e:
             raise UserError(f"{url}/{obj.name}: {e}") from None

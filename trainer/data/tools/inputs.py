@@ -5,6 +5,7 @@ An input is listed once, into parts that processes convert on their own, and rea
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,16 +125,20 @@ def _list_folder(source: str, classes: tuple[str, ...] | None, part_bytes: int, 
 def _class_files(root: Path, name: str) -> list[tuple[str, int]]:
     """(CLASS/NAME, bytes) of the images of a class, by name."""
     files = []
-    for path in sorted(root.joinpath(name).iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            raise UserError(
-                f"{path} is a folder, but an imagefolder is {root}/CLASS/IMAGE; did you mean {root / name}?"
-            )
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise UserError(f"{path} is no image by its name; remove it, or give it its true ending")
-        files.append((f"{name}/{path.name}", path.stat().st_size))
+    with os.scandir(root / name) as entries:  # a Path for each of a million files would take seconds more
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                raise UserError(
+                    f"{entry.path} is a folder, but an imagefolder is {root}/CLASS/IMAGE; "
+                    f"did you mean {root / name}?"
+                )
+            if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+                raise UserError(
+                    f"{entry.path} is no image by its name; remove it, or give it its true ending"
+                )
+            files.append((f"{name}/{entry.name}", entry.stat().st_size))
     if not files:
         raise UserError(f"{root / name}: a class folder without images; fill it or remove it")
     return files

@@ -19,6 +19,7 @@ from trainer.data.storage import Object, Store, open_store
 
 RANGE_BYTES = 8 << 20
 RANGES_AHEAD = 4
+REREADS = 2
 
 
 def split_pattern(url: str) -> tuple[str, str]:
@@ -60,7 +61,7 @@ def stream(requests: Iterable[Request]) -> Iterator[np.ndarray]:
 def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
     """An object as a file on this machine, and the crc32c of the whole of it.
 
-    Raises UserError where the bytes that came are not those that the store has.
+    Raises UserError where the bytes that come are not those that the store has.
     """
     if obj.crc32c is None:  # it is a file
         with store.open(obj.name) as file:
@@ -69,11 +70,14 @@ def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
     starts = range(0, obj.size, RANGE_BYTES)
     ranges = [Request(store, obj, at, min(RANGE_BYTES, obj.size - at), framing=None) for at in starts]
     with tempfile.TemporaryFile(prefix="podlaunch-") as copy:
-        for part in stream(ranges):
-            copy.write(part.data)
-        if checksum(copy) != obj.crc32c:
-            raise UserError(f"{store.url}/{obj.name} came damaged over the network; try again")
-        yield copy, obj.crc32c
+        for _ in range(REREADS + 1):
+            copy.seek(0)
+            for part in stream(ranges):
+                copy.write(part.data)
+            if checksum(copy) == obj.crc32c:
+                yield copy, obj.crc32c
+                return
+    raise UserError(f"{store.url}/{obj.name} comes damaged over the network, however often it is read")
 
 
 def checksum(file: BinaryIO) -> int:
@@ -84,3 +88,12 @@ def checksum(file: BinaryIO) -> int:
         crc = google_crc32c.extend(crc, part)
     file.seek(0)
     return crc
+
+
+def from_zero(label: int, first_label: int) -> int:
+    """A label, counted from 0. Raises ValueError where it is none then."""
+    counted = label - first_label
+    if not 0 <= counted < 2**31:
+        less = f" less --first-label {first_label}" if first_label else ""
+        raise ValueError(f"has the label {label}{less}, but labels are 0 to 2³¹ − 1")
+    return counted
