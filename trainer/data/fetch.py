@@ -272,7 +272,7 @@ class Fetcher:
         """Send a second runner after each request that is slow, while the budget lasts."""
         while not self._closing.wait(0.02):
             with self._lock:
-                races = [race for race in self._races if not race.hedged]
+                races = [race for race in self._races if race.request.store.remote and not race.hedged]
             if not races:
                 continue
             usual = self.stats.percentile(95)

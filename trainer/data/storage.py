@@ -57,6 +57,8 @@ class Store(Protocol):
     """Objects below one address, named relative to it."""
 
     url: str
+    remote: bool
+    """Whether a slow read may be slow by chance, and a second one faster."""
 
     def list(self) -> list[Object]:
         """All objects, by name. Raises UserError where the place cannot be read."""
@@ -100,6 +102,8 @@ def open_store(url: str) -> Store:
 
 class Folder:
     """Files of a folder, without its subfolders' and hidden ones."""
+
+    remote = False
 
     def __init__(self, path: Path):
         self._path = path
@@ -168,6 +172,8 @@ def _read_vectored(descriptor: int, into: Sequence[memoryview], where: str) -> N
 
 class Bucket:
     """Objects below gs://bucket/prefix, without those of deeper folders."""
+
+    remote = True
 
     def __init__(self, url: str):
         from google.auth.exceptions import GoogleAuthError

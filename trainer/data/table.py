@@ -107,7 +107,7 @@ def publish(
     manifest = Manifest(
         format=format,
         shards=tuple(shards),
-        records_sha256=hashlib.sha256(records.tobytes()).hexdigest(),
+        records_sha256=_sha256(records),
         classes=tuple(classes) if classes is not None else None,
         base=base,
     )
@@ -124,10 +124,13 @@ def open_dataset(url: str) -> Dataset:
         buffer = home.read(RECORDS)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_without_manifest(home)) from None
-    records = np.load(io.BytesIO(buffer), allow_pickle=False)
+    try:
+        records = np.load(io.BytesIO(buffer), allow_pickle=False)
+    except (ValueError, EOFError):
+        records = np.empty(0)
     if (
         records.dtype != RECORD
-        or hashlib.sha256(records.tobytes()).hexdigest() != manifest.records_sha256
+        or _sha256(records) != manifest.records_sha256
         or len(records) != manifest.num_examples
     ):
         raise UserError(f"{url}/{RECORDS} is not that of {MANIFEST}; run `launch data index` on the shards")
@@ -136,6 +139,10 @@ def open_dataset(url: str) -> Dataset:
     objects = tuple(_found(shard, listed, store.url) for shard in manifest.shards)
     first = np.concatenate([[0], np.cumsum([s.num_records for s in manifest.shards])]).astype(np.int64)
     return Dataset(manifest, store, objects, records, first)
+
+
+def _sha256(records: np.ndarray) -> str:
+    return hashlib.sha256(records.view(np.uint8).data).hexdigest()
 
 
 def parse_manifest(content: bytes, url: str) -> Manifest:
