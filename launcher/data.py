@@ -32,10 +32,11 @@ class DataCommand(click.Command):
             return super().invoke(ctx)
         except TransientError as e:
             raise UserError(f"{e}; run it again") from None
+        except BrokenPipeError:
+            raise  # click's
         except OSError as e:
-            if e.filename is None:
-                raise
-            raise UserError(f"{e.filename}: {e.strerror}") from None
+            where = f"{e.filename}: " if e.filename else ""
+            raise UserError(f"{where}{e.strerror or e}") from None
 
 
 class DataCommands(click.Group):

@@ -122,6 +122,24 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder: Path, tmp_path: Pat
     assert "cannot be written" in done.stderr
 
 
+FULL = """
+import resource, sys
+from launcher.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+main(["data", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("limit", [50_000, 100])
+def test_a_disk_that_is_full_is_one_line(dataset: Path, folder: Path, tmp_path: Path, limit: int):
+    command = ["index", dataset] if limit == 100 else ["convert", "imagefolder", folder, tmp_path / "new"]
+    arguments = [sys.executable, "-c", FULL, str(limit), *map(str, command)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "File too large" in done.stderr
+    assert not list((tmp_path / "new").glob("*.array_record"))
+
+
 # Order
 
 

@@ -88,7 +88,9 @@ def convert(
             manifest = parse_manifest(home.read(MANIFEST), destination)
         else:
             manifest = _convert(home, objects, listing, settings, scratch, jobs, begin)
-        _clean(home, scratch)
+        for obj in home.list():
+            if obj.name.endswith(".part"):
+                home.delete(obj.name)
     return manifest
 
 
@@ -151,7 +153,10 @@ def _write_part(
         name = f"{number:05}-{k:02}.array_record"
         # Named by the process: one that outlives its killed parent for a moment shares no file with the next.
         file = scratch / f".{name}.{os.getpid()}.partial"
-        shard, records = _write_shard(home, file, name, items, settings, classes)
+        try:
+            shard, records = _write_shard(home, file, name, items, settings, classes)
+        finally:
+            file.unlink(missing_ok=True)
         shards.append(shard)
         rows.append(records)
     written = Written(number, tuple(shards), np.concatenate(rows) if rows else np.empty(0, RECORD))
@@ -184,14 +189,17 @@ def _write_shard(
 ) -> tuple[Shard, np.ndarray]:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(str(file), array_record.OPTIONS)
     intended = []
-    for item in items:
-        image, label = _prepared(item, settings, classes)
-        text = classes[label] if classes else None
-        writer.write(example.write(image, label, text=text, filename=item.name))
-        intended.append((google_crc32c.value(image), label))
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(file), array_record.OPTIONS)
+        for item in items:
+            image, label = _prepared(item, settings, classes)
+            text = classes[label] if classes else None
+            writer.write(example.write(image, label, text=text, filename=item.name))
+            intended.append((google_crc32c.value(image), label))
+        writer.close()
+    except RuntimeError as e:  # the writer's only one
+        raise UserError(f"{file} cannot be written: {str(e).splitlines()[0]}") from None
     shard, records = _read_back(file, name)
     if [
         (int(crc), int(label)) for crc, label in zip(records["crc32c"], records["label"], strict=True)
@@ -280,14 +288,6 @@ def _finished(home: Store, objects: dict[str, Object]) -> Iterator[Written]:
             yield Written(int(name.removesuffix(".part")), shards, records)
 
 
-def _clean(home: Store, scratch: Path) -> None:
-    for obj in home.list():
-        if obj.name.endswith(".part"):
-            home.delete(obj.name)
-    for leftover in scratch.glob(".*.partial"):
-        leftover.unlink()
-
-
 def _check_apart(source: str, destination: str, kind: str) -> None:
     here, there = place(split_pattern(source)[0]), place(destination)
     if here == there or (kind == "imagefolder" and there.startswith(f"{here}/")):
@@ -309,6 +309,8 @@ def _locked(destination: str) -> Iterator[Path]:
         raise UserError(f"{destination} cannot be written: {e.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
         yield folder
     except BlockingIOError:
         raise UserError(f"{destination}: another conversion into it is running") from None

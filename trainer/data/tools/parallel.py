@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import TypeVar
 
@@ -28,7 +29,9 @@ def run(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) ->
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_follow_parent)
     try:
-        for future in as_completed([pool.submit(function, task) for task in tasks]):
+        with _ctrl_c_held():  # children inherit that, and leave Ctrl-C to this process
+            futures = [pool.submit(function, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
@@ -38,9 +41,17 @@ def run(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) ->
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _ctrl_c_held() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it does: a pool's workers outlive a parent that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End when the parent does: a pool's workers would outlive one that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
