@@ -317,12 +317,10 @@ def many(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("jobs", "parts"), [(1, 1), (2, 3)])
-def test_a_killed_conversion_goes_on_to_the_same_bytes(many: Path, tmp_path: Path, jobs: int, parts: int):
-    script = tmp_path / "convert.py"
+def kill_conversion(source: Path, destination: str, script: Path, *, jobs: int, parts: int) -> None:
+    """Convert in a process of its own, and kill that once so many parts are there."""
     script.write_text(CONVERT)
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, str(script), str(many), str(killed), str(jobs)]
+    command = [sys.executable, str(script), str(source), destination, str(jobs)]
     environment = os.environ | {"PYTHONPATH": str(Path(tool.__file__).parents[3])}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout
@@ -336,18 +334,36 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(many: Path, tmp_path: Pat
         assert len(workers) > jobs or jobs == 1
         process.send_signal(signal.SIGKILL)
     until_ended(workers)
+
+
+@pytest.mark.parametrize(("jobs", "parts"), [(1, 1), (2, 3)])
+def test_a_killed_conversion_goes_on_to_the_same_bytes(many: Path, tmp_path: Path, jobs: int, parts: int):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_conversion(many, str(killed), tmp_path / "convert.py", jobs=jobs, parts=parts)
     with pytest.raises(UserError, match="no manifest"):
         open_dataset(str(killed))
-    done = {p.name: p.stat().st_mtime_ns for p in killed.glob("*.part")}
+    done = {p.stem for p in killed.glob("*.part")}
     assert len(done) >= parts
-    shards = {
-        p.name: p.stat().st_mtime_ns for p in killed.glob("*.array_record") if f"{p.name[:5]}.part" in done
-    }
+    written = {p: p.stat().st_mtime_ns for p in killed.glob("*.array_record") if p.name[:5] in done}
     convert(many, killed, shard_mib=1)
     convert(many, whole, shard_mib=1)
     assert contents(killed) == contents(whole)
-    assert {name: (killed / name).stat().st_mtime_ns for name in shards} == shards
+    assert {p: p.stat().st_mtime_ns for p in written} == written
     assert list(killed.glob(".*.partial")) == []
+
+
+def test_a_conversion_into_a_bucket_goes_on_too(many: Path, tmp_path: Path, gcs):
+    kill_conversion(many, "gs://bucket/out", tmp_path / "convert.py", jobs=1, parts=2)
+    with pytest.raises(UserError, match="no manifest"):
+        open_dataset("gs://bucket/out")
+    generations = {name: stored.generation for (_, name), stored in gcs.objects.items()}
+    done = [name for name in generations if name.endswith(".array_record")][:2]
+    convert(many, "gs://bucket/out", shard_mib=1)
+    convert(many, tmp_path / "whole", shard_mib=1)
+    assert {n.removeprefix("out/"): c for n, c in gcs.contents("out/").items()} == contents(
+        tmp_path / "whole"
+    )
+    assert [gcs.objects["bucket", name].generation for name in done] == [generations[name] for name in done]
 
 
 def until_ended(processes: list[str]) -> None:

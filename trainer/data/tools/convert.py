@@ -200,11 +200,13 @@ def _write_shard(
         writer.close()
     except RuntimeError as e:  # the writer's only one
         raise UserError(f"{file} cannot be written: {str(e).splitlines()[0]}") from None
-    shard, records = _read_back(file, name)
-    if [
-        (int(crc), int(label)) for crc, label in zip(records["crc32c"], records["label"], strict=True)
-    ] != intended:
-        raise UserError(f"{file} does not read as it was written; is the disk full or failing?")
+    try:
+        shard, records = _read_back(file, name)
+        same = list(zip(records["crc32c"].tolist(), records["label"].tolist(), strict=True)) == intended
+    except ValueError:
+        same = False
+    if not same:
+        raise UserError(f"{file} does not read as it was written; is the disk failing?")
     home.upload(name, file)
     return shard, records
 
