@@ -1,0 +1,57 @@
+"""RandAugment (Cubuk et al. 2019) on the host: a few operations drawn from fourteen, all of one strength.
+
+Operations, ranges and rounding are those of torchvision.transforms.RandAugment, which fills with black.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from configs.schema import AugmentConfig
+
+BINS = 31
+"""Magnitudes 0 to 30."""
+
+Operation = Callable[[Image.Image, float], Image.Image]
+
+
+def _affine(image: Image.Image, *coefficients: float) -> Image.Image:
+    """The pixel at (x, y) comes from (ax + by + c, dx + ey + f); the nearest one."""
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST)
+
+
+# Each takes a strength from 0 to 1; the first group's is negative half of the time.
+SIGNED: dict[str, Operation] = {
+    "shear_x": lambda image, s: _affine(image, 1, 0.3 * s, 0, 0, 1, 0),
+    "shear_y": lambda image, s: _affine(image, 1, 0, 0, 0.3 * s, 1, 0),
+    "translate_x": lambda image, s: _affine(image, 1, 0, -int(150 / 331 * image.width * s), 0, 1, 0),
+    "translate_y": lambda image, s: _affine(image, 1, 0, 0, 0, 1, -int(150 / 331 * image.height * s)),
+    "rotate": lambda image, s: image.rotate(30 * s, Image.Resampling.NEAREST),
+    "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
+    "color": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
+    "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
+    "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
+}
+UNSIGNED: dict[str, Operation] = {
+    "identity": lambda image, s: image,
+    "posterize": lambda image, s: ImageOps.posterize(image, 8 - round(4 * s)),
+    "solarize": lambda image, s: ImageOps.solarize(image, math.ceil(255 * (1 - s))),
+    "autocontrast": lambda image, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, s: ImageOps.equalize(image),
+}
+_NAMES = [*SIGNED, *UNSIGNED]
+
+
+def randaugment(image: np.ndarray, draw: np.random.Generator, augment: AugmentConfig) -> np.ndarray:
+    """(height, width, 3) uint8 after `augment.randaugment_ops` operations, drawn with replacement."""
+    strength = augment.randaugment_magnitude / (BINS - 1)
+    changed = Image.fromarray(image)
+    for which, sign in draw.random((augment.randaugment_ops, 2)).tolist():
+        name = _NAMES[int(which * len(_NAMES))]
+        if name in SIGNED:
+            changed = SIGNED[name](changed, strength if sign < 0.5 else -strength)
+        else:
+            changed = UNSIGNED[name](changed, strength)
+    return np.asarray(changed)
