@@ -134,7 +134,7 @@ def peak_mib() -> float:
 def scale(num_photographs: int) -> None:
     """Start, resume and memory for 10⁴ and for 10⁶ records, and memory for photographs, at two budgets."""
     rows = []
-    small = ("data.memory_mib=64", "data.block_mib=0.0625", "data.image_size=32")
+    small = ("data.memory_mib=64", "data.image_size=32")
     photos = ("data.memory_mib=400", "data.window=32", "data.image_size=32")
     for name, n, settings in (
         ("small-10000", 10_000, small),

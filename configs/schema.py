@@ -105,8 +105,6 @@ class DataConfig(Section):
     """Order of each epoch. `blocks`: blocks of neighbouring records are shuffled, then records within
     windows, so that reads are large; `global`: each record by itself; `none`: as stored. Sources in memory
     take `blocks` as `global`."""
-    block_mib: PositiveFloat = 4.0
-    """Size of a block of neighbouring records, which is what one request reads."""
     lanes: Positive = 64
     """Blocks that a batch draws from at once, over all hosts; brought down to what divides the batch. Where
     the number of hosts divides it, no byte is read by two hosts."""
@@ -265,7 +263,8 @@ class CheckpointConfig(Section):
     """Asynchronous Orbax checkpoints. One is also written at each evaluation and at the end."""
 
     directory: str | None = None
-    """Folder or gs:// prefix for the checkpoints of this run; null: checkpoints/ in the run directory."""
+    """Folder or gs:// prefix for the checkpoints of this run, and of no other: one that another run has
+    taken is refused. null: checkpoints/ in the run directory."""
     every_steps: Positive | None = None
     """Steps between checkpoints."""
     every_minutes: PositiveFloat | None = 10.0

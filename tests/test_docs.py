@@ -4,7 +4,7 @@ Commands stand in fenced blocks: `bash`, one a line, or `console`, where `$ ` ma
 follows is its output, `…` standing for anything. Here they are run in a folder with the recipes and a
 finished run; a command that would train is run with --dry-run.
 
-    python -P tests/test_docs.py        writes the tables of fields in docs/configs.md anew
+    python -m tests.test_docs        writes the tables of fields in docs/configs.md anew
 """
 
 import ast
@@ -231,7 +231,7 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "pip install -e '.[test]'": an_installable_extra,
     "tensorboard --logdir runs": an_installed_module,
     "gcloud auth application-default login": somebody_elses,
-    "python -P tests/test_docs.py": somebody_elses,
+    "python -m tests.test_docs": somebody_elses,
 }
 # The other programs that pages may call, and that are run.
 HARMLESS = {"cp"}
@@ -394,7 +394,7 @@ def field_tables() -> str:
 def test_fields_in_configs_md_are_those_of_the_schema():
     written = MARKED.search(CONFIGS_PAGE.read_text(encoding="utf-8"))
     assert written, "docs/configs.md has lost its markers"
-    assert written[0].rstrip() == field_tables().rstrip(), "rewrite it: python -P tests/test_docs.py"
+    assert written[0].rstrip() == field_tables().rstrip(), "rewrite it: python -m tests.test_docs"
 
 
 def test_commands_in_the_readme_are_those_of_launch():
@@ -423,12 +423,12 @@ def test_exit_codes_are_those_of_launch(page: Path, heading: str):
 def test_tags_in_watch_md_are_those_in_the_code():
     written = [row[0] for row in table(DOCS / "watch.md", "## TensorBoard")]
     tags = {"config"}  # the one without a group
-    for module in ("loop", "metrics", "evaluate"):
+    for module in ("loop", "metrics", "evaluate", "data/pipeline", "data/records", "data/reader", "data/fetch"):
         tree = ast.parse((REPOSITORY / "trainer" / f"{module}.py").read_text(encoding="utf-8"))
         strings = {
             n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
-        tags |= {s for s in strings if re.fullmatch(r"[a-z_]+/[a-z_]+", s)}
+        tags |= {s for s in strings if re.fullmatch(r"[a-z_]+/[a-z0-9_]+", s)}
     assert sorted(written) == sorted(tags)
 
 

@@ -11,8 +11,8 @@ from tests import gcs as cloud
 from tests.trainer import datasets
 from tests.trainer.small import config_of
 from trainer.data import open_splits
-from trainer.data.records import block_starts
-from trainer.data.table import open_dataset
+from trainer.data.storage import Object
+from trainer.data.table import RECORD, Dataset, open_dataset
 
 IMAGES = datasets.jpegs(40)
 LABELS = [i % 10 for i in range(40)]
@@ -157,13 +157,29 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
     assert message.startswith(f"data.cache = {tmp_path}/file/cache cannot be used")
 
 
-def test_blocks_are_neighbours_in_one_shard_of_about_their_size(tmp_path: Path) -> None:
-    datasets.write(tmp_path, datasets.blobs(300, 3000))
-    dataset = open_dataset(str(tmp_path))
-    starts = block_starts(dataset, 20_000)
+def dataset_of(lengths: np.ndarray, num_shards: int) -> Dataset:
+    """Records of these lengths, one after another, of which nothing is stored."""
+    parts = np.array_split(lengths, num_shards)
+    records = np.zeros(len(lengths), RECORD)
+    records["length"] = lengths
+    records["offset"] = np.concatenate([np.cumsum(part) - part for part in parts])
+    objects = tuple(Object(f"{i}", int(part.sum()), 1, None) for i, part in enumerate(parts))
+    first = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    return Dataset(None, None, objects, records, first)  # type: ignore[arg-type]
+
+
+def test_blocks_are_neighbours_in_one_shard_of_about_four_mebibytes() -> None:
+    dataset = dataset_of(np.random.default_rng(0).integers(50_000, 170_000, 200_000), num_shards=160)
+    starts = dataset.block_starts()
     assert starts[0] == 0
     assert set(dataset.first[:-1]) <= set(starts.tolist())
     ends = np.append(starts[1:], len(dataset)) - 1
-    spans = dataset.records["offset"][ends] + dataset.records["length"][ends] - dataset.records["offset"][starts]
-    assert 14_000 < np.mean(spans) <= 20_000
-    assert np.max(spans) < 20_000 + 4600
+    offset, length = (dataset.records[name].astype(np.int64) for name in ("offset", "length"))
+    spans = offset[ends] + length[ends] - offset[starts]
+    assert 3.5 * 2**20 < np.mean(spans) <= 4.2 * 2**20
+    assert np.max(spans) <= 4 * 2**20 + 170_000
+
+
+def test_little_data_has_many_blocks_for_shuffling_to_move() -> None:
+    assert len(dataset_of(np.full(60, 5000), num_shards=1).block_starts()) == 60
+    assert 4096 <= len(dataset_of(np.full(50_000, 2500), num_shards=3).block_starts()) <= 4200

@@ -40,14 +40,17 @@ class Cache:
         self._total = self._written = self._writing = 0
         self._make_room()
 
+    def holds(self, block: Request) -> bool:
+        try:
+            return self._file(block).stat().st_size == block.payload_bytes()
+        except FileNotFoundError:
+            return False
+
     def read(self, part: Request) -> np.ndarray | None:
         """The payload of a part of a block, or None."""
         block = part.whole_block()
-        file = self._file(block)
         try:
-            with file.open("rb") as f:
-                if os.fstat(f.fileno()).st_size != block.payload_bytes():
-                    return None
+            with self._file(block).open("rb") as f:
                 os.utime(f.fileno())
                 return np.fromfile(f, np.uint8, part.payload_bytes(), offset=part.payload_offset_in(block))
         except FileNotFoundError:

@@ -23,10 +23,19 @@ from trainer.data.storage import CONNECTIONS, AbandonedError, TransientError
 RETRY_SECONDS = 60.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 8.0
 HEDGE_SHARE = 0.05
+SOONEST_HEDGE_SECONDS = 0.05
 SLOW_BYTES_PER_SECOND = 25e6 / 3
 """A request below this rate may be raced, once it is also slower than 95 % of those before."""
 FIRST_CONNECTIONS = 8
-COUNTS = ("requests", "retries", "throttled", "hedges", "hedges_won", "checksum_failures", "bytes_fetched")
+COUNTS = (
+    "data/requests",
+    "data/retries",
+    "data/throttled",
+    "data/hedges",
+    "data/hedges_won",
+    "data/checksum_failures",
+    "data/bytes_fetched",
+)
 
 
 class Stats:
@@ -46,9 +55,9 @@ class Stats:
             self._seconds.append(seconds)
 
     def percentile(self, q: float) -> float:
-        """Of the seconds of the last 1,000 requests; NaN before the first."""
+        """Of the seconds of the last 1,000 requests; 0 before the first."""
         with self._lock:
-            return float(np.percentile(self._seconds, q)) if self._seconds else math.nan
+            return float(np.percentile(self._seconds, q)) if self._seconds else 0.0
 
     def __getitem__(self, name: str) -> int:
         with self._lock:
@@ -150,13 +159,15 @@ class Fetcher:
     def metrics(self) -> dict[str, float]:
         """What has been done so far; times are of the last 1,000 requests."""
         stats = self.stats
-        counts: dict[str, float] = {f"data/{name}": stats[name] for name in COUNTS}
+        counts: dict[str, float] = {name: stats[name.removeprefix("data/")] for name in COUNTS}
         if self._cache is not None:
             hits, misses = stats["cache_hits"], stats["cache_misses"]
             counts["data/cache_hit_share"] = hits / max(hits + misses, 1)
         return {
             **counts,
-            **{f"data/get_p{q}_ms": 1000 * stats.percentile(q) for q in (50, 95, 99) if stats["requests"]},
+            "data/get_p50_ms": 1000 * stats.percentile(50),
+            "data/get_p95_ms": 1000 * stats.percentile(95),
+            "data/get_p99_ms": 1000 * stats.percentile(99),
             "data/fetched_per_used": stats["bytes_fetched"] / max(stats["bytes_used"], 1),
             "data/connections": self.limiter.limit,
         }
@@ -170,16 +181,24 @@ class Fetcher:
 
     def _cached(self, request: Request, part: "Future[np.ndarray]", cache: Cache) -> None:
         """Take a part from the cache, or fetch its whole block for this and whoever else waits for it."""
-        try:
-            found = cache.read(request)
-        except OSError as e:
-            part.set_exception(e)
-            return
-        self.stats.count(cache_hits=int(found is not None), cache_misses=int(found is None))
-        if found is not None:
-            part.set_result(found)
-            return
         block = request.whole_block()
+        begun = False
+        with self._lock:
+            # A block is in the cache before it is no longer being fetched.
+            fetching = self._fetching_blocks.get(block)
+            if fetching is None and not cache.holds(block):
+                fetching, begun = Future(), True
+                self._fetching_blocks[block] = fetching
+        if fetching is None:
+            self._read_cached(request, part, cache)
+            return
+        self.stats.count(cache_misses=1)
+
+        def keep(done: "Future[np.ndarray]") -> None:
+            if done.exception() is None:
+                cache.keep(block, done.result())
+            with self._lock:
+                del self._fetching_blocks[block]
 
         def deliver(done: "Future[np.ndarray]") -> None:
             error = done.exception()
@@ -190,21 +209,22 @@ class Fetcher:
             # A copy, for a view would hold the whole block.
             part.set_result(done.result()[begin : begin + request.payload_bytes()].copy())
 
-        def keep(done: "Future[np.ndarray]") -> None:
-            if done.exception() is None:
-                cache.keep(block, done.result())
-            with self._lock:
-                del self._fetching_blocks[block]
-
-        with self._lock:
-            fetching = self._fetching_blocks.get(block)
-            begun = fetching is None
-            if fetching is None:
-                fetching = self._fetching_blocks[block] = Future()
-                fetching.add_done_callback(keep)
         fetching.add_done_callback(deliver)
         if begun:
+            fetching.add_done_callback(keep)
             self._pool.submit(self._run, _Race(block, done=fetching))
+
+    def _read_cached(self, request: Request, part: "Future[np.ndarray]", cache: Cache) -> None:
+        try:
+            found = cache.read(request)
+        except OSError as e:
+            part.set_exception(e)
+            return
+        if found is None:  # dropped meanwhile, to make room
+            self._cached(request, part, cache)
+            return
+        self.stats.count(cache_hits=1)
+        part.set_result(found)
 
     def _race(self, request: Request) -> "Future[np.ndarray]":
         race = _Race(request)
@@ -277,10 +297,8 @@ class Fetcher:
                 continue
             usual = self.stats.percentile(95)
             for race in races:
-                patience = max(
-                    0.0 if math.isnan(usual) else usual, race.request.length / SLOW_BYTES_PER_SECOND
-                )
-                if time.monotonic() - race.begun > max(patience, 0.05) and self._may_hedge():
+                patience = max(usual, race.request.length / SLOW_BYTES_PER_SECOND, SOONEST_HEDGE_SECONDS)
+                if time.monotonic() - race.begun > patience and self._may_hedge():
                     race.hedged = True
                     self._hedges.submit(self._hedge, race)
 

@@ -76,22 +76,13 @@ def _cache(data: DataConfig) -> Cache | None:
         ) from None
 
 
-def block_starts(dataset: Dataset, block_bytes: float) -> np.ndarray:
-    """First record of each block: neighbours in a shard, cut where another `block_bytes` of it begin."""
-    shard = np.repeat(np.arange(len(dataset.objects)), np.diff(dataset.first))
-    piece = dataset.records["offset"] // int(block_bytes)
-    return np.flatnonzero(
-        (np.diff(shard, prepend=-1) != 0) | (np.diff(piece.astype(np.int64), prepend=-1) != 0)
-    )
-
-
 class Records:
     """One split."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, fetcher: Fetcher):
         self._config, self._dataset, self._fetcher = config, dataset, fetcher
         self.digest = dataset.manifest.digest
-        self.block_starts = block_starts(dataset, config.data.block_mib * 2**20)
+        self.block_starts = dataset.block_starts()
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -130,7 +121,7 @@ class Records:
                 f"data.memory_mib = {data.memory_mib:g} is too little: shuffling {order.lanes} lanes in windows of "
                 f"{order.window} records of {mean_bytes / 1024:,.0f} KiB holds {needed / 2**20:,.0f} MiB on this "
                 f"process, {budget / data.memory_mib / 2**20:.0%} of the setting are for it; raise it, or lower "
-                "data.window (or data.block_mib) in a new run"
+                "data.window in a new run"
             )
 
 

@@ -19,6 +19,8 @@ from trainer.data.storage import Object, Store, open_store
 
 MANIFEST, RECORDS = "manifest.json", "records.npy"
 VERSION = 1
+BLOCK_BYTES = 4 << 20
+LEAST_BLOCKS = 4096
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
 """One record: the bytes [offset, offset + length) of its shard, framing included, hold the encoded image;
 crc32c (RFC 3720, appendix B.4) is of the image without framing."""
@@ -76,6 +78,16 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def block_starts(self) -> np.ndarray:
+        """(blocks,) int64: first record of each block, neighbours in a shard that one request reads.
+
+        Shuffling moves blocks, so there are many even of little data.
+        """
+        total = sum(obj.size for obj in self.objects)
+        pieces = self.records["offset"].astype(np.int64) // max(min(BLOCK_BYTES, total // LEAST_BLOCKS), 1)
+        shards = np.repeat(np.arange(len(self.objects)), np.diff(self.first))
+        return np.flatnonzero((np.diff(shards, prepend=-1) != 0) | (np.diff(pieces, prepend=-1) != 0))
 
     def shard(self, indices: np.ndarray) -> np.ndarray:
         """The number of the shard that holds each record."""

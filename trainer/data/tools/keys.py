@@ -9,7 +9,6 @@ import numpy as np
 from configs.errors import UserError
 from configs.schema import RunConfig
 from trainer.data.order import train_order
-from trainer.data.records import block_starts
 from trainer.data.table import open_dataset
 
 
@@ -32,7 +31,7 @@ def keys(config: RunConfig, *, hosts: int, host: int | None, start: int, num_key
     if size % hosts:
         raise UserError(f"--hosts {hosts} does not divide train.batch_size = {size}")
     dataset = open_dataset(path)
-    order = train_order(config, len(dataset), block_starts(dataset, config.data.block_mib * 2**20))
+    order = train_order(config, len(dataset), dataset.block_starts())
     # A host's devices hold neighbouring rows of each batch.
     mine = (p for p in count(start) if host is None or p % size // (size // hosts) == host)
     for position in islice(mine, num_keys):
