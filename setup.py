@@ -26,6 +26,7 @@ setup(
         "click>=8.1",
         "etils[epath]>=1.9",
         "flax>=0.12",
+        "gcsfs>=2025.3",
         "google-cloud-storage>=3",
         "grain>=0.2.16",
         "jax>=0.10,<0.13",
@@ -46,7 +47,6 @@ setup(
         "parquet": PARQUET,
         "test": [
             *PARQUET,
-            "gcp-storage-emulator",
             "import-linter",
             "jsonschema",
             "mypy",

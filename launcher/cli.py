@@ -149,6 +149,7 @@ def run(
     if changes and not yes and sys.stdin.isatty():
         click.confirm("Go on with this run?", default=True, abort=True)
     with directory.locked(), _signals(Wishes()) as wishes, _Progress(plan) as progress:
+        directory.claim_checkpoints(plan)
         directory.create(plan)
         result = supervise(
             plan,
@@ -375,10 +376,10 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
     path = directory.path
     old = directory.plan()
     if old is None:
-        if path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+        if path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run; choose another --name or --root")
         return []
-    changed, steps = differences(old, plan), directory.checkpoint_steps()
+    changed, steps = differences(old, plan), _checkpoints_to_continue(old, plan, directory)
     if changed and steps:  # before the first checkpoint there is nothing to go on with
         raise UserError(
             f"run {plan.name} was started with other settings ({'; '.join(changed)}): "
@@ -392,6 +393,21 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
     then = {"cluster": old.cluster, "mesh": old.mesh, "steps": old.steps}
     now = {"cluster": plan.cluster, "mesh": plan.mesh, "steps": plan.steps}
     return changed + [f"{key}: {then[key]}, now {now[key]}" for key in then if then[key] != now[key]]
+
+
+def _checkpoints_to_continue(old: "Plan", plan: "Plan", directory: "RunDirectory") -> list[int]:
+    """Steps of the checkpoints. Raises UserError where a changed place would have the run begin anew."""
+    steps = directory.checkpoint_steps(plan)
+    before, now = directory.checkpoints(old), directory.checkpoints(plan)
+    if before != now:
+        kept = directory.checkpoint_steps(old)
+        if kept and (not steps or steps[-1] < kept[-1]):
+            there = f"only up to step {steps[-1]}" if steps else "none"
+            raise UserError(
+                f"run {plan.name} has checkpoints up to step {kept[-1]} in {before}, and {there} in {now}: "
+                "copy them there, or undo the change of checkpoint.directory"
+            )
+    return steps
 
 
 def _already_done(plan: "Plan", directory: "RunDirectory") -> bool:
@@ -465,7 +481,7 @@ def _print_result(plan: "Plan", directory: "RunDirectory", result: dict[str, Any
             f"eval loss {metrics['eval/loss']:.4f}"
         )
     if steps:
-        _say(f"{'checkpoints':<12}{directory.path / 'checkpoints'} (newest: step {steps[-1]})")
+        _say(f"{'checkpoints':<12}{directory.checkpoints()} (newest: step {steps[-1]})")
     _say(f"{'look':<12}tensorboard --logdir {shlex.quote(_logdir(directory))}")
     if result["status"] != "completed":
         mend = "mend it, then " if result["failure"] and not result["failure"]["retryable"] else ""

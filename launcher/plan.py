@@ -81,9 +81,16 @@ def make_plan(
             f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g} is not below the run's "
             f"{epochs:.3g} epochs ({steps} steps); shorten it or train longer"
         )
+    place = config.checkpoint.directory
+    if place is not None and "://" in place and not place.startswith("gs://"):
+        problems.append(
+            f"checkpoint.directory = {place}: checkpoints go to a folder or to gs://bucket/prefix"
+        )
     if problems:
         raise UserError("\n".join(problems))
     resolved = config.model_dump(mode="json")
+    if place is not None and "://" not in place:
+        resolved["checkpoint"]["directory"] = str(Path(place).absolute())
     resolved["mesh"] = mesh
     resolved["train"]["steps"] = steps
     return Plan(

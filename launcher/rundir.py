@@ -5,6 +5,7 @@ attempts.jsonl  a line an attempt that ended
 result.json     how the run ended
 hosts/H.json    the newest word of each process of the current attempt
 checkpoints/ tensorboard/ logs/attempt-K/host-H.log
+.lock .id       held by its launcher; tells it apart from a run of the same name elsewhere
 """
 
 import fcntl
@@ -15,8 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import gethostname
 from typing import IO, Any
+from uuid import uuid4
 
+from configs import checkpoints
 from configs.errors import UserError
 from configs.files import write_atomically
 from launcher.plan import Plan
@@ -161,10 +165,34 @@ class RunDirectory:
 
     # Checkpoints
 
-    def checkpoint_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        folder = self.path / "checkpoints"
-        return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    def checkpoints(self, plan: Plan | None = None) -> str:
+        """Where they are: folder or gs:// prefix. By `plan`, else by the newest launch."""
+        plan = plan or self.plan()
+        configured = plan.config["checkpoint"].get("directory") if plan else None
+        return configured or str(self.path / "checkpoints")
+
+    def checkpoint_steps(self, plan: Plan | None = None) -> list[int]:
+        """Steps of the complete checkpoints, oldest first. Raises UserError where they cannot be looked up."""
+        return checkpoints.steps(self.checkpoints(plan))
+
+    def claim_checkpoints(self, plan: Plan) -> None:
+        """Make a place outside this directory that of this run alone. Raises UserError where it is another's."""
+        place = self.checkpoints(plan)
+        if place == str(self.path / "checkpoints"):
+            return
+        with self._writing(), (self.path / ".id").open("a+") as f:
+            f.seek(0)
+            identity = f.read()
+            if not identity:
+                identity = uuid4().hex
+                f.write(identity)
+        owner = {
+            "run": self.name,
+            "directory": str(self.path.absolute()),
+            "host": gethostname(),
+            "id": identity,
+        }
+        checkpoints.claim(place, owner)
 
 
 def runs(root: Path) -> list[RunDirectory]:

@@ -1,17 +1,17 @@
 """Asynchronous Orbax checkpoints: saved while training goes on, checked before they are trusted.
 
-    checkpoints/STEP/            arrays and data position; complete once it has this name
-    checkpoints/STEP/crc32c.json checksum of each file, written after the commit
-    checkpoints/STEP.damaged     a checkpoint whose files no longer match; kept for you to look at
-    checkpoints/scores.json      evaluation metric by step, for keep_best
+    STEP/            arrays and data position; complete once it has this name, on gs:// once commit_success.txt is there
+    STEP/crc32c.json checksum of each file, written after the commit
+    STEP.damaged     a checkpoint whose files no longer match; kept for you to look at
+    scores.json      evaluation metric by step, for keep_best
 
-Orbax notices a damaged index but not a flipped byte inside an array; the checksums do.
+Orbax notices a damaged index but not a flipped byte inside an array; the checksums do. All this lies in a
+folder or under gs://: Orbax and etils write to both, and the little files go through the Store of the data.
 """
 
 import json
 import logging
 import math
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -22,14 +22,19 @@ from typing import Any
 import google_crc32c
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from configs.files import write_atomically
+from configs import checkpoints as places
 from configs.schema import CheckpointConfig
+from trainer.data.storage import Store, open_store
 from trainer.mesh import wait_for_all
 from trainer.state import TrainState
 
 CHECKSUMS = "crc32c.json"
+SCORES = "scores.json"
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""In the name of a folder that Orbax is to rename; under gs:// it writes to the final name at once."""
 _log = logging.getLogger(__name__)
 
 
@@ -77,28 +82,32 @@ class _BackgroundErrors(logging.Handler):
 
 
 class Checkpointer:
-    """Saves, scores and restores train states below `directory`, on all processes together."""
+    """Saves, scores and restores train states, on all processes together: below `config.directory`, by default
+    below `directory`.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
-        self._directory = directory
+        place = config.directory or str(directory)
+        self._directory = epath.Path(place)
+        self._store = open_store(place)
         self._sign = 1 if config.metric == "eval/accuracy" else -1
         self._writing: int | None = None
         self._background = _BackgroundErrors()
         logging.getLogger("absl").addHandler(self._background)
         self._checksummer: threading.Thread | None = None
+        places.steps(place)  # on each host: says in one line what Orbax would say in fifty
         if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            _set_damaged_aside(directory)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            _clear_unfinished(self._directory)
+            _set_damaged_aside(self._directory, self._store)
         wait_for_all("checkpoints verified")
-        self._scores_file = directory / "scores.json"
-        self.scores: dict[int, float] = _read_scores(self._scores_file)
+        self.scores: dict[int, float] = _read_scores(self._store)
         self._manager = ocp.CheckpointManager(
-            directory,
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(config.keep_last), _KeepBest(config.keep_best, self.scores)]
                 ),
-                cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
         )
@@ -139,7 +148,7 @@ class Checkpointer:
         """Note the evaluation metric of `step` for keep_best."""
         self.scores[step] = self._sign * value
         if jax.process_index() == 0:
-            write_atomically(self._scores_file, json.dumps(self.scores))
+            self._store.write(SCORES, json.dumps(self.scores).encode())
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, DataPosition]:
         """The state of `step`, laid out as `abstract`, whatever mesh it was saved on."""
@@ -163,7 +172,7 @@ class Checkpointer:
         step, self._writing = self._writing, None
         if jax.process_index() == 0:
             self._checksummer = threading.Thread(
-                target=_write_checksums, args=(self._directory / str(step),), name="checksums"
+                target=_write_checksums, args=(self._directory, self._store, step), name="checksums"
             )
             self._checksummer.start()
 
@@ -174,8 +183,15 @@ def _named(state: TrainState) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _files(step: Path) -> list[Path]:
-    return sorted(p for p in step.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+def _checksums(step: epath.Path) -> dict[str, int]:
+    """CRC-32C of every file of a checkpoint, by its path in there."""
+    if str(step).startswith("gs://"):  # kept by the service: nothing is downloaded
+        sums = places.checksums(str(step))
+    else:
+        files = (p for p in Path(step).rglob("*") if p.is_file())
+        sums = {str(p.relative_to(step)): _crc32c(p) for p in files}
+    sums.pop(CHECKSUMS, None)
+    return sums
 
 
 def _crc32c(path: Path) -> int:
@@ -187,35 +203,47 @@ def _crc32c(path: Path) -> int:
     return int.from_bytes(checksum.digest(), "big")
 
 
-def _write_checksums(step: Path) -> None:
+def _write_checksums(directory: epath.Path, store: Store, step: int) -> None:
     try:
-        sums = {str(p.relative_to(step)): _crc32c(p) for p in _files(step)}
-        write_atomically(step / CHECKSUMS, json.dumps(sums))
+        sums = _checksums(directory / str(step))
+        if sums:
+            store.write(f"{step}/{CHECKSUMS}", json.dumps(sums).encode())
     except FileNotFoundError:
         pass  # a newer save has deleted this checkpoint meanwhile
 
 
-def _damage(step: Path) -> str | None:
+def _damage(directory: epath.Path, store: Store, step: int) -> str | None:
     """What is wrong with a committed checkpoint, or None. One killed before its checksums is taken as it is."""
     try:
-        expected = json.loads((step / CHECKSUMS).read_text())
+        expected = json.loads(store.read(f"{step}/{CHECKSUMS}"))
     except FileNotFoundError:
         return None
     except ValueError:
         return f"{CHECKSUMS} cannot be read"
+    found = _checksums(directory / str(step))
     for name, crc in expected.items():
-        if not (step / name).is_file():
+        if name not in found:
             return f"{name} is missing"
-        if _crc32c(step / name) != crc:
+        if found[name] != crc:
             return f"{name} does not match its checksum"
     return None
 
 
-def _set_damaged_aside(directory: Path) -> None:
+def _clear_unfinished(directory: epath.Path) -> None:
+    """Remove what a killed save has left. Orbax's own clearing, under gs://, takes all other folders with it."""
+    if not directory.exists():  # under gs:// nothing but objects makes a folder
+        return
+    complete = places.steps(str(directory))
+    for path in directory.iterdir():
+        unfinished = path.name.isdigit() and int(path.name) not in complete
+        if unfinished or UNFINISHED in path.name:
+            path.rmtree()
+
+
+def _set_damaged_aside(directory: epath.Path, store: Store) -> None:
     """Rename the newest checkpoints until one is whole. Older ones are checked when their turn comes."""
-    steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
-    for step in steps:
-        damage = _damage(directory / str(step))
+    for step in reversed(places.steps(str(directory))):
+        damage = _damage(directory, store, step)
         if damage is None:
             return
         aside = directory / f"{step}.damaged"
@@ -223,12 +251,12 @@ def _set_damaged_aside(directory: Path) -> None:
             "checkpoint %d is damaged (%s): set aside as %s, falling back to the one before",
             step, damage, aside,
         )  # fmt: skip
-        shutil.rmtree(aside, ignore_errors=True)
+        aside.rmtree(missing_ok=True)
         (directory / str(step)).rename(aside)
 
 
-def _read_scores(path: Path) -> dict[int, float]:
+def _read_scores(store: Store) -> dict[int, float]:
     try:
-        return {int(k): v for k, v in json.loads(path.read_text()).items() if math.isfinite(v)}
+        return {int(k): v for k, v in json.loads(store.read(SCORES)).items() if math.isfinite(v)}
     except FileNotFoundError:
         return {}

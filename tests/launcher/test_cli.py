@@ -261,6 +261,50 @@ def test_data_may_move(made, planned):
         _check_can_continue(planned(*recipe, "data.train.num_examples=98"), run)
 
 
+@pytest.mark.parametrize("new", ["gs://bucket/new", "new"])
+def test_checkpoints_that_stay_behind_stop_a_run_from_beginning_anew(made, planned, gcs, tmp_path, new):
+    run = made("checkpoint.directory=gs://bucket/old")
+    moved = planned(f"checkpoint.directory={new}")
+    assert _check_can_continue(moved, run) == []  # there are none yet
+    for name in ("old/20/commit_success.txt", "old/30/state/part"):
+        gcs.put(name, b"")
+    with pytest.raises(
+        UserError, match=r"up to step 20 in gs://bucket/old, and none in .*new: copy them there"
+    ):
+        _check_can_continue(moved, run)
+    gcs.put("new/20/commit_success.txt", b"")
+    (tmp_path / "new" / "20").mkdir(parents=True)
+    assert _check_can_continue(moved, run) == []
+
+
+def test_status_knows_checkpoints_in_a_bucket(made, gcs):
+    made("checkpoint.directory=gs://bucket/r")
+    gcs.put("r/40/commit_success.txt", b"")
+    assert "checkpoints 40\n" in launch("status").stdout
+
+
+def test_bucket_for_checkpoints_is_tried_before_anything_is_started(root, gcs):
+    assert_refused(
+        launch(QUICKSTART, "checkpoint.directory=gs://absent-bucket/r"),
+        "checkpoint.directory = gs://absent-bucket/r: there is no bucket absent-bucket",
+    )
+    assert_refused(
+        launch(QUICKSTART, "checkpoint.directory=s3://bucket/r"), "to a folder or to gs://bucket/prefix"
+    )
+    assert not (root / "quickstart" / "logs").exists()
+
+
+def test_two_runs_do_not_share_a_place_for_checkpoints(root, made, planned, gcs):
+    place = "checkpoint.directory=gs://bucket/r"
+    one = made(place)
+    one.claim_checkpoints(one.plan())
+    one.claim_checkpoints(one.plan())
+    assert_refused(
+        launch(QUICKSTART, place, "--name", "two"), "belongs to another run", '"run": "quickstart"'
+    )
+    assert not (root / "two" / "plan.json").exists()
+
+
 def test_folder_that_is_no_run_is_refused_and_left_alone(root):
     (root / "quickstart").mkdir(parents=True)
     (root / "quickstart" / "thesis.txt").touch()

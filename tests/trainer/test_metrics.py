@@ -1,39 +1,22 @@
 """Pictures are laid out as said, and event files reach gs:// whole, in order, and not many times over."""
 
-import os
-import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gcp_storage_emulator.server import create_server
 from google.cloud import storage
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboardX import SummaryWriter
 
+from tests.gcs import BUCKET, Server
 from trainer.metrics import TensorBoard, captioned_grid
 from trainer.upload import Uploader, whole_records
 
-BUCKET = "events-bucket"
 
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[storage.Bucket]:
-    """A bucket of a local server that speaks the Cloud Storage protocol; the client is Google's own."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
-    server.start()
-    os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{port}"
-    os.environ.setdefault("GOOGLE_CLOUD_PROJECT", "test")
-    try:
-        yield storage.Client().bucket(BUCKET)
-    finally:
-        server.stop()
-        del os.environ["STORAGE_EMULATOR_HOST"]
+@pytest.fixture
+def bucket(gcs: Server) -> storage.Bucket:
+    return storage.Client().bucket(BUCKET)
 
 
 def contents(bucket: storage.Bucket, prefix: str) -> dict[str, bytes]:

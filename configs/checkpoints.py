@@ -1,0 +1,128 @@
+"""Where a run keeps its checkpoints, a folder or a gs:// prefix: which are complete, and whose they are.
+
+Here because launcher/ and trainer/ both ask, and the launcher without jax and Orbax.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+COMMITTED = "commit_success.txt"
+"""What Orbax writes last into a checkpoint under gs://, where no folder can be renamed."""
+OWNER = "run.json"
+
+
+def steps(place: str) -> list[int]:
+    """Steps of the complete checkpoints, oldest first. Raises UserError where the place cannot be read."""
+    if not place.startswith("gs://"):
+        folder = Path(place)
+        return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    with _bucket(place) as (bucket, prefix):
+        blobs = bucket.list_blobs(prefix=prefix, match_glob=f"**/{COMMITTED}", retry=_retry())
+        folders = [b.name.removeprefix(prefix).removesuffix(f"/{COMMITTED}") for b in blobs]
+    return sorted(int(name) for name in folders if name.isdigit())
+
+
+def checksums(place: str) -> dict[str, int]:
+    """Castagnoli CRC (RFC 3720, appendix B.4) of each object below a gs:// prefix, as the service keeps it."""
+    from base64 import b64decode
+
+    with _bucket(place) as (bucket, prefix):
+        blobs = list(bucket.list_blobs(prefix=prefix, retry=_retry()))
+    return {b.name.removeprefix(prefix): int.from_bytes(b64decode(b.crc32c), "big") for b in blobs}
+
+
+def claim(place: str, owner: dict[str, str]) -> None:
+    """Write down whose checkpoints these are. Raises UserError where another has, or nothing can be written.
+
+    `owner` has `id`, which tells runs apart, and words for the user.
+    """
+    text = json.dumps(owner)
+    try:
+        if place.startswith("gs://"):
+            with _bucket(place) as (bucket, prefix):
+                found = _create_object(bucket.blob(prefix + OWNER), text)
+        else:
+            found = _create_file(Path(place) / OWNER, text)
+    except OSError as e:
+        raise UserError(
+            f"checkpoint.directory = {place} cannot be written: {e.strerror}; name another place"
+        ) from None
+    try:
+        if json.loads(found)["id"] == owner["id"]:
+            return
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(
+        f"checkpoint.directory = {place} belongs to another run ({found.strip()[:200]}): give this run a place "
+        f"of its own, or delete {place}/{OWNER} for it to take over the checkpoints"
+    )
+
+
+def _create_file(path: Path, text: str) -> str:
+    """Make a file, unless there is one; what it holds then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError), path.open("x") as f:
+        f.write(text)
+    return path.read_text()
+
+
+def _create_object(blob: Any, text: str) -> str:
+    """Make an object, unless there is one; what it holds then."""
+    from google.api_core.exceptions import PreconditionFailed
+
+    # 0: there is none. So of two runs that begin at the same time, one is refused.
+    with contextlib.suppress(PreconditionFailed):
+        blob.upload_from_string(text, "application/json", if_generation_match=0, retry=_retry())
+    return str(blob.download_as_text(retry=_retry()))
+
+
+@contextlib.contextmanager
+def _bucket(place: str) -> Iterator[tuple[Any, str]]:
+    """Google's bucket and the prefix of a gs:// address; errors come out as one line for the user."""
+    from google.api_core.exceptions import GoogleAPIError, NotFound
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
+    from google.cloud import storage
+    from requests.exceptions import RequestException
+
+    name, _, prefix = place.removeprefix("gs://").strip("/").partition("/")
+    where = f"checkpoint.directory = {place}"
+    try:
+        yield storage.Client().bucket(name), f"{prefix}/" if prefix else ""
+    except DefaultCredentialsError:
+        raise UserError(
+            f"{where}: there are no Google credentials; log in with `gcloud auth application-default login`, "
+            "or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account"
+        ) from None
+    except NotFound:
+        raise UserError(
+            f"{where}: there is no bucket {name}; make it with `gcloud storage buckets create gs://{name}`, "
+            "or name another"
+        ) from None
+    except (GoogleAPIError, RequestException, TransportError) as e:
+        code = getattr(e, "code", None)
+        if code in (401, 403):
+            raise UserError(
+                f"{where}: these credentials may not read and write there (HTTP {code}); give them the role "
+                "Storage Object User on the bucket, or log in with others"
+            ) from None
+        raise UserError(f"{where} cannot be reached: {_first_line(e)}; try again") from None
+    except GoogleAuthError as e:
+        raise UserError(
+            f"{where}: the Google credentials were refused ({_first_line(e)}); renew them, as with "
+            "`gcloud auth application-default login`"
+        ) from None
+
+
+def _retry() -> Any:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(30.0)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
