@@ -170,7 +170,7 @@ def test_a_record_that_stays_damaged_is_told_after_reading_it_anew(
     server.faults.append(fault("corrupt"))
     with (
         reading(dataset, fetcher) as (reader, demand),
-        pytest.raises(DamagedRecordError, match="2 times read anew"),
+        pytest.raises(DamagedRecordError, match="4 times read anew"),
     ):
         take(reader, demand)
 

@@ -25,7 +25,7 @@ GAP_BYTES = 16 << 10
 """Unwanted bytes that are read along rather than asked for around: what a container puts between records."""
 RANGE_BYTES = 16 << 20
 LOOKAHEAD_BATCHES = 64
-REREADS = 2
+REREADS = 4
 
 
 class DamagedRecordError(Exception):
