@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from configs.schema import DataConfig, RunConfig
+from configs.schema import RunConfig
+from trainer.augment import augment, normalise
 from trainer.mesh import each_device, replicated, rows
 from trainer.state import Network, TrainState, Weights
 
@@ -21,14 +22,16 @@ class Batch(NamedTuple):
     images: jax.Array
     """(batch, height, width, 3) uint8."""
     labels: jax.Array
-    """(batch,) int32; -1 marks padding, which evaluation does not count."""
+    """(batch,) int32; -1 marks padding and masked records, which count for nothing."""
 
 
 class StepMetrics(NamedTuple):
     """One train step, as one float32 vector on the device and as floats on the host."""
 
     loss: float
+    """Mean over the counted rows, 0 where there is none; so is the gradient."""
     accuracy: float
+    """Share of the counted rows whose likeliest class is that of the largest target."""
     grad_norm: float
     learning_rate: float
     save: float
@@ -62,37 +65,40 @@ def make_train_step(
     leaves, structure = jax.tree.flatten(abstract)
 
     def loss_fn(
-        params: Weights, batch_stats: Weights, images: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, tuple[Weights, jax.Array]]:
+        params: Weights, batch_stats: Weights, images: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, tuple[Weights, jax.Array, jax.Array]]:
         logits, batch_stats = network.apply({**params, **batch_stats}, images, train=True)
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.train.label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        accuracy = jnp.mean(logits.argmax(-1) == labels)
-        return loss, (batch_stats, accuracy)
+        loss = optax.softmax_cross_entropy(logits, targets).sum()  # no target, no loss
+        counted = targets.any(-1)
+        correct = counted & (logits.argmax(-1) == targets.argmax(-1))
+        return loss, (batch_stats, correct.sum(dtype=jnp.float32), counted.sum(dtype=jnp.float32))
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def step(leaves: list[jax.Array], batch: Batch, requests: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         state: TrainState = jax.tree.unflatten(structure, leaves)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        images = _augment(batch.images, config.data, key)
+        examples = augment(batch.images, batch.labels, key, config)
 
-        def micro_step(carry: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            batch_stats, sums = carry
-            (loss, (batch_stats, accuracy)), grads = gradient(state.params, batch_stats, *micro)
-            return (batch_stats, jax.tree.map(jnp.add, sums, (grads, loss, accuracy))), None
+        def micro_step(batch_stats: Weights, micro: tuple[jax.Array, jax.Array]) -> tuple[Weights, Any]:
+            (loss, (batch_stats, *counts)), grads = gradient(state.params, batch_stats, *micro)
+            return batch_stats, (grads, loss, *counts)
 
         n = config.train.accumulate
         if n == 1:
-            (loss, (batch_stats, accuracy)), grads = gradient(
-                state.params, state.batch_stats, images, batch.labels
-            )
+            batch_stats, sums = micro_step(state.batch_stats, examples)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            micro = (_micro_batches(images, n), _micro_batches(batch.labels, n))
-            carry = (state.batch_stats, (zeros, jnp.zeros(()), jnp.zeros(())))
-            (batch_stats, sums), _ = jax.lax.scan(micro_step, carry, micro)
-            grads, loss, accuracy = jax.tree.map(lambda x: x / n, sums)
+
+            def add(carry: tuple[Weights, Any], micro: Any) -> tuple[tuple[Weights, Any], None]:
+                batch_stats, sums = micro_step(carry[0], micro)
+                return (batch_stats, jax.tree.map(jnp.add, carry[1], sums)), None
+
+            zeros: Any = (jax.tree.map(jnp.zeros_like, state.params), *[jnp.zeros(())] * 3)
+            micros = [_micro_batches(x, n) for x in examples]
+            (batch_stats, sums), _ = jax.lax.scan(add, (state.batch_stats, zeros), micros)
+        # Divided after the sum over devices and micro-batches: each counted row weighs the same, wherever it is.
+        *sums, counted = sums
+        grads, loss, accuracy = jax.tree.map(lambda x: x / jnp.maximum(counted, 1), sums)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -122,7 +128,7 @@ def make_eval_step(config: RunConfig, network: Network, abstract: Weights, mesh:
 
     def step(leaves: list[jax.Array], batch: Batch, requests: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights = jax.tree.unflatten(structure, leaves)
-        logits, _ = network.apply(weights, _normalise(batch.images, config.data), train=False)
+        logits, _ = network.apply(weights, normalise(batch.images, config.data), train=False)
         counted = batch.labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels, 0))
         predictions = logits.argmax(-1).astype(jnp.int32)
@@ -140,19 +146,6 @@ def make_eval_step(config: RunConfig, network: Network, abstract: Weights, mesh:
         in_shardings=(shardings, rows(mesh), each_device(mesh)),
         out_shardings=(replicated(mesh), rows(mesh)),
     )
-
-
-def _normalise(images: jax.Array, data: DataConfig) -> jax.Array:
-    mean, std = (jnp.array(c, jnp.float32) for c in (data.mean, data.std))
-    return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def _augment(images: jax.Array, data: DataConfig, key: jax.Array) -> jax.Array:
-    """Mirror and normalise. An image's draw depends on the step and its row, not on the device it is on."""
-    if data.flip:
-        mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
-        images = jnp.where(mirrored, images[:, :, ::-1], images)
-    return _normalise(images, data)
 
 
 def _micro_batches(x: jax.Array, n: int) -> jax.Array:
