@@ -122,7 +122,11 @@ class Run:
 
     def command(self, name: str, *more: str) -> Command:
         """Type `launch status …` and the like, and leave it running."""
-        return self._typed([name, *more, "--root", str(self.root)])
+        return self.plain(name, *more, "--root", str(self.root))
+
+    def plain(self, *arguments: str) -> Command:
+        """Type a `launch` command that knows no runs, and leave it running."""
+        return self._typed(list(arguments))
 
     def _typed(self, arguments: list[str]) -> Command:
         output = self.folder / f"output-{len(self._commands)}.txt"
