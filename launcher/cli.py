@@ -143,6 +143,10 @@ def run(
     changes = _check_can_continue(plan, directory)
     if _already_done(plan, directory):
         return
+    if plan.config["data"]["source"] == "records" and plan.backend == "local":
+        from launcher import data  # elsewhere the data may be within reach of the hosts alone
+
+        data.check(plan.run_config())
     _print_plan(plan)
     for change in changes:
         click.echo(f"changed     {change}")

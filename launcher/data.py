@@ -16,6 +16,7 @@ import click
 from configs.errors import UserError
 
 if TYPE_CHECKING:
+    from configs.schema import RunConfig
     from trainer.data.table import Manifest
 
 BAR = 40
@@ -41,6 +42,17 @@ class DataCommand(click.Command):
 
 class DataCommands(click.Group):
     command_class = DataCommand
+
+
+def check(config: "RunConfig") -> None:
+    """Open the datasets of a run, so that what is wrong with them is told before anything is made. Raises UserError."""
+    from trainer.data.records import open_datasets
+    from trainer.data.storage import TransientError
+
+    try:
+        open_datasets(config)
+    except TransientError as e:
+        raise UserError(f"{e}; try again") from None
 
 
 @click.group(cls=DataCommands)

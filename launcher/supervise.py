@@ -130,7 +130,7 @@ def _attempt(
 def _failure(run: RunDirectory, number: int, ended: Exit) -> Failure:
     report = run.report(ended.process)
     told = report.get("failure") or {}
-    lines = told.get("traceback") or _tail(run, number, ended.process)
+    lines = told["traceback"] if "traceback" in told else _tail(run, number, ended.process)
     code = ended.code
     return Failure(
         process=ended.process,

@@ -154,11 +154,11 @@ def _work() -> int:
 def _tell(reporter: Reporter | None, error: Exception, *, retryable: bool) -> None:
     if reporter is None:
         return
-    lines = "".join(traceback.format_exception(error)).splitlines()
     message = str(error).strip().splitlines() or [""]
+    is_users = isinstance(error, UserError)
     failure = {
-        "error": f"{type(error).__name__}: {message[0]}" if not isinstance(error, UserError) else str(error),
-        "traceback": lines,
+        "error": str(error) if is_users else f"{type(error).__name__}: {message[0]}",
+        "traceback": [] if is_users else "".join(traceback.format_exception(error)).splitlines(),
         "retryable": retryable,
         "step": getattr(error, "step", None),
     }

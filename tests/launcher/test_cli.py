@@ -130,6 +130,19 @@ def test_command_in_the_head_of_each_recipe_can_be_planned(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("nowhere", "data.train.path: nowhere: there is no such folder"),
+        ("gs://", "names no bucket"),
+        (".", "is empty"),
+    ],
+)
+def test_data_that_is_not_there_is_told_before_anything_is_made(root, path, told):
+    assert_refused(launch(str(RECIPES / "r50.yaml"), f"data.train.path={path}"), told)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
     ("word", "fragments"),
     [
         ("nope.yaml", ["nope.yaml: no such file"]),

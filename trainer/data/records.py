@@ -26,17 +26,26 @@ WORKING_SPARE = 1.25
 
 
 def open_splits(config: RunConfig) -> tuple["Records", "Records"]:
+    train, held_out = open_datasets(config)
+    fetcher = Fetcher(cache=_cache(config.data))
+    return Records(config, train, fetcher), Records(config, held_out, fetcher)
+
+
+def open_datasets(config: RunConfig) -> tuple[Dataset, Dataset]:
+    """Both splits, checked against each other and the recipe. Raises UserError."""
     train, held_out = config.data.train.path, config.data.eval.path
     assert train is not None  # DataConfig saw to both
     assert held_out is not None
-    datasets = [_opened(config, name, path) for name, path in (("train", train), ("eval", held_out))]
+    datasets = _opened(config, "train", train), _opened(config, "eval", held_out)
     _check_classes(*datasets)
-    fetcher = Fetcher(cache=_cache(config.data))
-    return Records(config, datasets[0], fetcher), Records(config, datasets[1], fetcher)
+    return datasets
 
 
 def _opened(config: RunConfig, split: str, path: str) -> Dataset:
-    dataset = open_dataset(path)
+    try:
+        dataset = open_dataset(path)
+    except UserError as e:
+        raise UserError(f"data.{split}.path: {e}") from None
     configured = getattr(config.data, split).num_examples
     if len(dataset) != configured:
         raise UserError(

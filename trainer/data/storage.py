@@ -350,7 +350,8 @@ class _explained:  # noqa: N801 (used as a function)
         if isinstance(error, GoogleAPICallError) and error.code in (401, 403):
             raise UserError(_denied(self._url, error.code)) from None
         if isinstance(error, (RequestException, TransportError, RetryError, GoogleAPICallError)):
-            raise TransientError(f"{self._url} cannot be reached: {_first_line(error)}") from None
+            cause = getattr(error, "cause", None) or error  # of the client's retries
+            raise TransientError(f"{self._url} cannot be reached: {_first_line(cause)}") from None
         if isinstance(error, GoogleAuthError):
             raise UserError(
                 f"{self._url}: the Google credentials were refused: {_first_line(error)}"

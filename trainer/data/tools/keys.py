@@ -8,7 +8,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from trainer.data.order import train_order
+from trainer.data.order import Demand, Order, train_order
 from trainer.data.table import open_dataset
 
 
@@ -32,10 +32,19 @@ def keys(config: RunConfig, *, hosts: int, host: int | None, start: int, num_key
         raise UserError(f"--hosts {hosts} does not divide train.batch_size = {size}")
     dataset = open_dataset(path)
     order = train_order(config, len(dataset), dataset.block_starts())
-    # A host's devices hold neighbouring rows of each batch.
-    mine = (p for p in count(start) if host is None or p % size // (size // hosts) == host)
-    for position in islice(mine, num_keys):
+    for position in islice(_positions(order, size, hosts, host, start), num_keys):
         index = order.index(position)
         shard = int(np.searchsorted(dataset.first, index, side="right")) - 1
         label = int(dataset.records["label"][index])
         yield Key(position, dataset.objects[shard].name, index - int(dataset.first[shard]), label)
+
+
+def _positions(order: Order, size: int, hosts: int, host: int | None, start: int) -> Iterator[int]:
+    if host is None:
+        yield from count(start)
+    assert host is not None
+    rows = np.arange(size // hosts) + host * (size // hosts)  # a host's devices hold neighbouring rows
+    for begin in count(start // size * size, size):
+        demand = Demand(order, begin, begin + size, size, rows)
+        found = (demand.position(i) for i in range(len(demand)))
+        yield from (p for p in found if p is not None and p >= start)
