@@ -207,11 +207,11 @@ def test_damage_at_any_byte_is_at_most_a_value_error() -> None:
             damaged[rng.integers(min(len(damaged), 500))] = rng.integers(256)
             try:
                 pixels = decode(damaged)
+                assert (pixels.dtype, pixels.ndim) == (np.uint8, 3)
+                image = train_image(damaged, seed=0, position=1, data=data(8), augment=PLAIN)
+                assert image.shape == (8, 8, 3)
             except ValueError:
                 raised += 1
-            else:
-                assert pixels.dtype == np.uint8
-                assert pixels.ndim == 3
     assert raised > 100
 
 
