@@ -14,6 +14,11 @@ from configs.errors import UserError
 COMMITTED = "commit_success.txt"
 """What Orbax writes last into a checkpoint under gs://, where no folder can be renamed."""
 OWNER = "run.json"
+PERMISSIONS = (
+    "storage.objects.list", "storage.objects.get", "storage.objects.create", "storage.objects.delete",
+    "storage.buckets.get",  # Orbax asks for the bucket's kind as it deletes an old checkpoint
+)  # fmt: skip
+ROLES = "give them the roles Storage Object User and Storage Legacy Bucket Reader on the bucket"
 
 
 def steps(place: str) -> list[int]:
@@ -22,9 +27,27 @@ def steps(place: str) -> list[int]:
         folder = Path(place)
         return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     with _bucket(place) as (bucket, prefix):
-        blobs = bucket.list_blobs(prefix=prefix, match_glob=f"**/{COMMITTED}", retry=_retry())
-        folders = [b.name.removeprefix(prefix).removesuffix(f"/{COMMITTED}") for b in blobs]
-    return sorted(int(name) for name in folders if name.isdigit())
+        listing = bucket.list_blobs(prefix=prefix, delimiter="/", retry=_retry())
+        for _ in listing:
+            pass  # objects; at the end it knows the folders, too
+        names = [folder.removeprefix(prefix).rstrip("/") for folder in listing.prefixes]
+        return sorted(
+            int(name)
+            for name in names
+            if name.isdigit() and bucket.blob(f"{prefix}{name}/{COMMITTED}").exists(retry=_retry())
+        )
+
+
+def check(place: str) -> None:
+    """Raise UserError where checkpoints cannot be written, read and deleted: now, not at the fourth save."""
+    if not place.startswith("gs://"):
+        return
+    with _bucket(place) as (bucket, _):
+        missing = sorted(set(PERMISSIONS) - set(bucket.test_iam_permissions(PERMISSIONS, retry=_retry())))
+    if missing:
+        raise UserError(
+            f"checkpoint.directory = {place}: these credentials lack {', '.join(missing)}; {ROLES}"
+        )
 
 
 def checksums(place: str) -> dict[str, int]:
@@ -41,6 +64,7 @@ def claim(place: str, owner: dict[str, str]) -> None:
 
     `owner` has `id`, which tells runs apart, and words for the user.
     """
+    check(place)
     text = json.dumps(owner)
     try:
         if place.startswith("gs://"):
@@ -107,8 +131,7 @@ def _bucket(place: str) -> Iterator[tuple[Any, str]]:
         code = getattr(e, "code", None)
         if code in (401, 403):
             raise UserError(
-                f"{where}: these credentials may not read and write there (HTTP {code}); give them the role "
-                "Storage Object User on the bucket, or log in with others"
+                f"{where}: these credentials may not read and write there (HTTP {code}); {ROLES}"
             ) from None
         raise UserError(f"{where} cannot be reached: {_first_line(e)}; try again") from None
     except GoogleAuthError as e:

@@ -379,11 +379,9 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
 
     path = directory.path
     old = directory.plan()
-    if old is None:
-        if path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
-            raise UserError(f"{path} is not empty and holds no run; choose another --name or --root")
-        return []
-    changed, steps = differences(old, plan), _checkpoints_to_continue(old, plan, directory)
+    if old is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no run; choose another --name or --root")
+    changed, steps = differences(old, plan) if old else [], _checkpoints_to_continue(old, plan, directory)
     if changed and steps:  # before the first checkpoint there is nothing to go on with
         raise UserError(
             f"run {plan.name} was started with other settings ({'; '.join(changed)}): "
@@ -394,15 +392,17 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
             f"run {plan.name} is at step {steps[-1]} already, past train.steps = {plan.steps}; "
             f"train longer, or begin another run with --name"
         )
+    if old is None:
+        return []
     then = {"cluster": old.cluster, "mesh": old.mesh, "steps": old.steps}
     now = {"cluster": plan.cluster, "mesh": plan.mesh, "steps": plan.steps}
     return changed + [f"{key}: {then[key]}, now {now[key]}" for key in then if then[key] != now[key]]
 
 
-def _checkpoints_to_continue(old: "Plan", plan: "Plan", directory: "RunDirectory") -> list[int]:
+def _checkpoints_to_continue(old: "Plan | None", plan: "Plan", directory: "RunDirectory") -> list[int]:
     """Steps of the checkpoints. Raises UserError where a changed place would have the run begin anew."""
     steps = directory.checkpoint_steps(plan)
-    before, now = directory.checkpoints(old), directory.checkpoints(plan)
+    before, now = directory.checkpoints(old or plan), directory.checkpoints(plan)
     if before != now:
         kept = directory.checkpoint_steps(old)
         if kept and (not steps or steps[-1] < kept[-1]):

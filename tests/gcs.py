@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
 
@@ -137,6 +137,8 @@ class Server:
         self.latency = latency
         """Seconds to the first byte of every answer."""
         self.faults: list[Fault] = []
+        self.denied: set[str] = set()
+        """Permissions that the client is told it has not."""
         self.log: list[Access] = []
         self.connections = 0
         self.max_concurrent = 0
@@ -303,6 +305,10 @@ class Server:
     def _get_bucket(self, request: Request) -> Reply:
         return _json({"kind": "storage#bucket", "name": request.bucket, "id": request.bucket})
 
+    def _permissions(self, request: Request) -> Reply:
+        granted = set(request.query["permissions"].split(",")) - self.denied
+        return _json({"permissions": sorted(granted)})
+
     def _list(self, request: Request) -> Reply:
         q = request.query
         prefix, delimiter, token = q.get("prefix", ""), q.get("delimiter", ""), q.get("pageToken", "")
@@ -439,6 +445,7 @@ _B, _O = r"(?:/download)?/storage/v1/b/([^/]+)", r"/o/([^/]+)"
 _ROUTES: list[tuple[str, str, Operation, Callable[[Server, Request], Reply]]] = [
     ("POST", r"/storage/v1/b", "bucket", Server._create_bucket),
     ("GET", _B, "bucket", Server._get_bucket),
+    ("GET", _B + "/iam/testPermissions", "bucket", Server._permissions),
     ("GET", _B + "/o", "list", Server._list),
     ("GET", _B + _O, "get", Server._get),
     ("POST", "/upload" + _B + "/o", "upload", Server._upload),
@@ -521,7 +528,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        request = Request(self.command, url.path, dict(parse_qsl(url.query, True)), self.headers, body)
+        query = {name: ",".join(values) for name, values in parse_qs(url.query, True).items()}
+        request = Request(self.command, url.path, query, self.headers, body)
         if not url.path.startswith(("/storage/", "/upload/", "/download/")):
             self._send(self.server_.control(request))
             return

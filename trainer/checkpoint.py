@@ -95,7 +95,7 @@ class Checkpointer:
         self._background = _BackgroundErrors()
         logging.getLogger("absl").addHandler(self._background)
         self._checksummer: threading.Thread | None = None
-        places.steps(place)  # on each host: says in one line what Orbax would say in fifty
+        places.check(place)  # on each host: says in one line what Orbax would say in fifty
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
             _clear_unfinished(self._directory)

@@ -226,6 +226,15 @@ def test_what_is_wrong_with_a_bucket_is_one_line(
         assert "\n" not in str(refused.value)
 
 
+def test_permission_that_only_a_later_save_needs_is_asked_for_at_once(gcs: Server) -> None:
+    gcs.denied = {"storage.buckets.get", "storage.objects.delete"}
+    with pytest.raises(
+        UserError, match=r"lack storage.buckets.get, storage.objects.delete; give them the roles"
+    ):
+        opened(epath.Path(f"gs://{BUCKET}/x"))
+    assert gcs.contents() == {}
+
+
 def test_without_credentials_the_user_is_told_how_to_get_some(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "GCE_METADATA_ROOT": "127.0.0.1:9",
