@@ -97,8 +97,8 @@ def _local_root(ctx: click.Context, param: click.Parameter, value: str) -> Path:
         raise UserError("--root '' is empty; give a folder")
     if "://" in value:
         raise UserError(
-            f"--root {value}: a run directory is a local folder; "
-            f"event files alone can go to gs:// with log.tensorboard={value}"
+            f"--root {value}: a run directory is a local folder; checkpoints and event files can go to a bucket, "
+            "with checkpoint.directory=gs://… and log.tensorboard=gs://…"
         )
     return Path(value)
 
