@@ -203,10 +203,9 @@ def _allowed(error: ErrorDetails, loc: Loc) -> str:
         "float_type": "must be a number",
         "bool_type": "must be true or false",
         "string_type": "must be text",
-        "tuple_type": "must be a list of three numbers, one a channel",
-        "missing": "must be a list of three numbers, one a channel",
-        "too_long": "must be a list of three numbers, one a channel",
     }
+    if kind in ("tuple_type", "missing", "too_long"):
+        return f"must be a list of {len(get_args(annotation))} numbers"
     return bounds.get(kind, error["msg"])
 
 

@@ -4,7 +4,6 @@ Each field's docstring is its help in editors (`launch schema`). Checks that nee
 (mesh, batch per device) are the plan's, in launcher/plan.py.
 """
 
-import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -20,7 +19,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # Strict mode takes no list for a tuple, and YAML has only lists.
 _from_list = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 Rgb = Annotated[tuple[float, float, float], _from_list]
-Range = Annotated[tuple[float, float], _from_list]
 
 
 class Section(BaseModel):
@@ -155,25 +153,19 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """What is done to training images, and to them alone."""
 
-    crop_scale: Range = (0.08, 1.0)
-    """Share of the image's area that the random crop keeps; [1, 1] crops nothing but the aspect ratio.
+    crop_scale: Annotated[tuple[float, float], _from_list] = (0.08, 1.0)
+    """Share of the image's area that the random crop keeps, at a width ÷ height from 3/4 to 4/3.
     `records` only."""
-    crop_ratio: Range = (0.75, 4 / 3)
-    """Width ÷ height of the random crop. `records` only."""
     antialias: bool = False
     """Filter while shrinking a random crop, as Pillow and torchvision do; slower. Evaluation always does."""
-    randaugment_ops: NonNegative = 0
-    """Operations of RandAugment an image (Cubuk et al. 2019), on the host; 0: none. `records` only."""
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """Strength of those operations."""
+    randaugment: Annotated[tuple[NonNegative, Annotated[int, Field(le=30)]], _from_list] = (0, 9)
+    """RandAugment (Cubuk et al. 2019) on the host: operations an image, and their magnitude of 30;
+    [0, 9]: none, [2, 9] is usual. `records` only."""
     flip: bool = True
     """Mirror half of the images, on the device."""
-    brightness: Fraction = 0.0
-    """Multiply by a factor in 1 ± this, on the device; as torchvision's ColorJitter."""
-    contrast: Fraction = 0.0
-    """Blend with the image's mean grey by a factor in 1 ± this."""
-    saturation: Fraction = 0.0
-    """Blend with the image in grey by a factor in 1 ± this."""
+    color_jitter: Annotated[tuple[Fraction, Fraction, Fraction], _from_list] = (0.0, 0.0, 0.0)
+    """Brightness, contrast and saturation vary by factors in 1 ± these, on the device; as torchvision's
+    ColorJitter."""
     erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a rectangle of 2 to 33 % of the image is set to the mean (Zhong et al. 2017)."""
     mixup: NonNegativeFloat = 0.0
@@ -183,18 +175,11 @@ class AugmentConfig(Section):
     each pair of images takes one of the two."""
 
     @model_validator(mode="after")
-    def _ranges_ascend(self) -> Self:
-        problems = []
+    def _scale_ascends(self) -> Self:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            problems.append(
+            raise ValueError(
                 f"augment.crop_scale = {list(self.crop_scale)} must be two ascending numbers above 0, up to 1"
             )
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
-            problems.append(
-                f"augment.crop_ratio = {list(self.crop_ratio)} must be two ascending numbers above 0"
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
         return self
 
 

@@ -359,7 +359,8 @@ def allowed(field: dict[str, Any]) -> str:
     if "enum" in field or "const" in field:
         return ", ".join(map(literal, field.get("enum", [field.get("const")])))
     kinds = {
-        "boolean": "`true`, `false`", "null": "`null`", "string": "text", "array": "three numbers",
+        "boolean": "`true`, `false`", "null": "`null`", "string": "text",
+        "array": f"list of {field.get('maxItems')} numbers",
         "integer": "whole number", "number": "number",
     }  # fmt: skip
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -423,7 +424,15 @@ def test_exit_codes_are_those_of_launch(page: Path, heading: str):
 def test_tags_in_watch_md_are_those_in_the_code():
     written = [row[0] for row in table(DOCS / "watch.md", "## TensorBoard")]
     tags = {"config"}  # the one without a group
-    for module in ("loop", "metrics", "evaluate", "data/pipeline", "data/records", "data/reader", "data/fetch"):
+    for module in (
+        "loop",
+        "metrics",
+        "evaluate",
+        "data/pipeline",
+        "data/records",
+        "data/reader",
+        "data/fetch",
+    ):
         tree = ast.parse((REPOSITORY / "trainer" / f"{module}.py").read_text(encoding="utf-8"))
         strings = {
             n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)

@@ -55,7 +55,7 @@ def _standardise(pixels: jax.Array, data: DataConfig) -> jax.Array:
 
 def _jitter(pixels: jax.Array, settings: AugmentConfig, key: jax.Array) -> jax.Array:
     """torchvision's ColorJitter of images in [0, 1]: each blends with black, mean grey or grey, in this order."""
-    spreads = {"black": settings.brightness, "mean": settings.contrast, "grey": settings.saturation}
+    spreads = dict(zip(("black", "mean", "grey"), settings.color_jitter, strict=True))
     shades = {"black": jnp.zeros_like, "mean": lambda x: _mean(_grey(x)), "grey": _grey}
     for (name, spread), its_key in zip(spreads.items(), jax.random.split(key, len(spreads)), strict=True):
         if not spread:

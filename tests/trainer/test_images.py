@@ -294,8 +294,8 @@ def test_a_large_jpeg_is_shrunk_while_decoding_which_is_closer_to_antialiasing()
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 1000), (1000, 1), (7, 3), (375, 500)])
 def test_crops_lie_inside(height: int, width: int) -> None:
-    for ratio in ((0.75, 4 / 3), (3.0, 4.0), (1.0, 1.0)):
-        augment = AugmentConfig(crop_ratio=ratio)
+    for scale in ((0.08, 1.0), (1.0, 1.0), (1e-6, 1e-6)):
+        augment = AugmentConfig(crop_scale=scale)
         for position in range(300):
             top, left, h, w = crop_box(height, width, sample_rng(0, position), augment)
             assert 0 <= top <= top + h <= height
@@ -390,7 +390,7 @@ def test_randaugment_follows_the_crop() -> None:
             seed=0,
             position=0,
             data=data(32),
-            augment=AugmentConfig(randaugment_ops=ops, randaugment_magnitude=30),
+            augment=AugmentConfig(randaugment=(ops, 30)),
         )
         for ops in (0, 6)
     )
@@ -398,5 +398,5 @@ def test_randaugment_follows_the_crop() -> None:
     assert (changed != plain).any()
     draw = sample_rng(0, 0)
     crop_box(HEIGHT, WIDTH, draw, PLAIN)
-    settings = AugmentConfig(randaugment_ops=6, randaugment_magnitude=30)
+    settings = AugmentConfig(randaugment=(6, 30))
     np.testing.assert_array_equal(changed, images.randaugment(plain, draw, settings))

@@ -108,7 +108,7 @@ def test_autocontrast_and_equalize_spread_the_values() -> None:
 
 
 def test_operations_are_drawn_evenly_and_signed_half_of_the_time() -> None:
-    one = AugmentConfig(randaugment_ops=1, randaugment_magnitude=30)
+    one = AugmentConfig(randaugment=(1, 30))
     outcomes = {}
     for names, signs in ((SIGNED, (1, -1)), (UNSIGNED, (1,))):
         for name in names:
@@ -123,11 +123,11 @@ def test_operations_are_drawn_evenly_and_signed_half_of_the_time() -> None:
 
 
 def test_operations_follow_one_another_and_the_generator() -> None:
-    three = AugmentConfig(randaugment_ops=3, randaugment_magnitude=20)
+    three = AugmentConfig(randaugment=(3, 20))
     np.testing.assert_array_equal(
         randaugment(IMAGE, sample_rng(1, 2), three), randaugment(IMAGE, sample_rng(1, 2), three)
     )
-    one, draw, expected = three.model_copy(update={"randaugment_ops": 1}), sample_rng(1, 2), IMAGE
+    one, draw, expected = three.model_copy(update={"randaugment": (1, 20)}), sample_rng(1, 2), IMAGE
     for _ in range(3):
         expected = randaugment(expected, draw, one)
     np.testing.assert_array_equal(randaugment(IMAGE, sample_rng(1, 2), three), expected)

@@ -22,6 +22,7 @@ Encoded = bytes | bytearray | memoryview | np.ndarray
 """The file's bytes; an array of them is uint8."""
 EVAL_SHARE = 0.875
 """Of the short side that the centre crop of evaluation keeps, unless told: 224 of 256."""
+CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 _EXTRANEOUS = "extraneous bytes"
 """In libjpeg's warning that something lies between the last block and the next marker."""
@@ -53,7 +54,7 @@ def train_image(
     draw = sample_rng(seed, position)
     pixels, box = _random_crop(_view(encoded), draw, augment, data.image_size)
     image = _resized(pixels, box, data.image_size, antialias=augment.antialias)
-    return randaugment(image, draw, augment) if augment.randaugment_ops else image
+    return randaugment(image, draw, augment) if augment.randaugment[0] else image
 
 
 def eval_image(encoded: Encoded, *, data: DataConfig) -> np.ndarray:
@@ -99,7 +100,7 @@ def crop_box(height: int, width: int, draw: np.random.Generator, augment: Augmen
 
     The area is uniform, the aspect log-uniform; where ten boxes do not fit, the central one that does.
     """
-    low, high = augment.crop_ratio
+    low, high = CROP_RATIO
     for _ in range(CROP_TRIES):
         area, log_ratio, top, left = draw.random(4).tolist()
         area = (

@@ -45,10 +45,11 @@ _NAMES = [*SIGNED, *UNSIGNED]
 
 
 def randaugment(image: np.ndarray, draw: np.random.Generator, augment: AugmentConfig) -> np.ndarray:
-    """(height, width, 3) uint8 after `augment.randaugment_ops` operations, drawn with replacement."""
-    strength = augment.randaugment_magnitude / (BINS - 1)
+    """(height, width, 3) uint8 after operations of `augment.randaugment`, drawn with replacement."""
+    num_ops, magnitude = augment.randaugment
+    strength = magnitude / (BINS - 1)
     changed = Image.fromarray(image)
-    for which, sign in draw.random((augment.randaugment_ops, 2)).tolist():
+    for which, sign in draw.random((num_ops, 2)).tolist():
         name = _NAMES[int(which * len(_NAMES))]
         if name in SIGNED:
             changed = SIGNED[name](changed, strength if sign < 0.5 else -strength)

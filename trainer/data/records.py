@@ -99,7 +99,7 @@ class Records:
     def samples(self, demand: Demand, *, train: bool) -> "RecordSamples":
         budget = self._config.data.memory_mib * 2**20 * (1 - EVAL_SHARE if train else EVAL_SHARE)
         self._check_budget(demand, budget)
-        cached = self._config.data.cache is not None and self._dataset.store.url.startswith("gs://")
+        cached = self._config.data.cache is not None and self._dataset.store.remote
         reader = Reader(
             self._dataset,
             demand,
