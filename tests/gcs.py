@@ -366,21 +366,17 @@ class Server:
         return Reply(204)
 
     def _copy(self, request: Request) -> Reply:
+        """copyTo and rewriteTo another bucket or this one; moveTo within this one."""
         source = self._found(request)
-        bucket, name = map(unquote, re.findall(r"To/b/([^/]+)/o/([^/]+)$", request.path)[0])
+        how, bucket, name = re.findall(r"/(copy|rewrite|move)To(?:/b/([^/]+))?/o/([^/]+)$", request.path)[0]
+        bucket, name = unquote(bucket) or request.bucket, unquote(name)
         self.put(name, source.content, bucket)
+        if how == "move":
+            del self.objects[request.bucket, request.name]
         meta = self.objects[bucket, name].meta
-        if "/copyTo/" in request.path:
-            return _json(meta)
         size = meta["size"]
-        return _json({"done": True, "totalBytesRewritten": size, "objectSize": size, "resource": meta})
-
-    def _move(self, request: Request) -> Reply:
-        source = self._found(request)
-        name = unquote(request.path.rpartition("/")[2])
-        self.put(name, source.content, request.bucket)
-        del self.objects[request.bucket, request.name]
-        return _json(self.objects[request.bucket, name].meta)
+        done = {"done": True, "totalBytesRewritten": size, "objectSize": size, "resource": meta}
+        return _json(done if how == "rewrite" else meta)
 
     def _compose(self, request: Request) -> Reply:
         wanted = json.loads(request.body)
@@ -414,9 +410,8 @@ class Server:
 
     def _write(self, request: Request) -> Reply:
         self._check(request, self.objects.get((request.bucket, request.name)))
-        kept = {
-            k: v for k, v in request.meta.items() if k in ("contentType", "crc32c", "md5Hash", "metadata")
-        }
+        known = ("contentType", "crc32c", "md5Hash", "metadata")
+        kept = {key: value for key, value in request.meta.items() if key in known}
         self.put(request.name, request.body, request.bucket, **kept)
         return _json(self.objects[request.bucket, request.name].meta)
 
@@ -425,10 +420,8 @@ class Server:
         stored = self.objects.get((request.bucket, request.name))
         if stored is not None:
             self._check(request, stored)
-        if (
-            stored is None
-            or request.query.get("generation", stored.meta["generation"]) != stored.meta["generation"]
-        ):
+        wanted = request.query.get("generation")
+        if stored is None or wanted not in (None, stored.meta["generation"]):
             raise Refused(404, f"No such object: {request.bucket}/{request.name}")
         return stored
 
@@ -450,8 +443,7 @@ _ROUTES: list[tuple[str, str, Operation, Callable[[Server, Request], Reply]]] = 
     ("GET", _B + _O, "get", Server._get),
     ("POST", "/upload" + _B + "/o", "upload", Server._upload),
     ("PUT", "/upload" + _B + "/o", "upload", Server._upload),
-    ("POST", _B + _O + r"/(?:copyTo|rewriteTo)/b/[^/]+/o/[^/]+", "copy", Server._copy),
-    ("POST", _B + _O + r"/moveTo/o/[^/]+", "copy", Server._move),
+    ("POST", _B + _O + r"/(?:copy|rewrite|move)To(?:/b/[^/]+)?/o/[^/]+", "copy", Server._copy),
     ("POST", _B + _O + "/compose", "copy", Server._compose),
     ("PATCH", _B + _O, "patch", Server._patch),
     ("DELETE", _B + _O, "delete", Server._delete),
