@@ -105,10 +105,10 @@ def test_tensorboard_has_all_that_the_docs_promise(tmp_path: Path) -> None:
         "train/loss", "train/accuracy", "train/grad_norm", "train/learning_rate", "train/epoch",
         "speed/images_per_second", "speed/data_wait_share", "step_seconds/total", "step_seconds/data_wait",
         "step_seconds/compute", "step_seconds/checkpoint_stall",
-        "eval/accuracy", "eval/loss", "eval/count",
+        "eval/accuracy", "eval/loss", "eval/count", "data/ready_batches",
     } == set(tags["scalars"])  # fmt: skip
     assert {"train/inputs", "eval/mistakes"} == set(tags["images"])
-    assert tags["tensors"] == ["config/text_summary"]
+    assert {"config/text_summary", "speed/bound/text_summary"} == set(tags["tensors"])
     assert [e.step for e in events.Scalars("train/loss")] == [5, 9, 10, 15, 18, 20] or [
         e.step for e in events.Scalars("train/loss")
     ] == [5, 10, 15, 20]

@@ -47,9 +47,10 @@ def reading(
     order: Order = ORDER,
     rows: np.ndarray = np.arange(BATCH),  # noqa: B008
     budget: int = 1 << 20,
+    epochs: int = 2,
     **options: np.ndarray,
 ) -> Iterator[tuple[Reader, Demand]]:
-    demand = Demand(order, 0, 2 * N // BATCH * BATCH, BATCH, rows)
+    demand = Demand(order, 0, epochs * N // BATCH * BATCH, BATCH, rows)
     reader = Reader(dataset, demand, fetcher, budget_bytes=budget, **options)
     try:
         yield reader, demand
@@ -105,12 +106,15 @@ def test_hosts_together_read_each_byte_once_an_epoch(server: cloud.Server, fetch
     dataset = open_dataset(URL)
     server.forget()
     for rows in np.arange(BATCH).reshape(4, -1):
-        with reading(dataset, fetcher, rows=rows) as (reader, demand):
+        with reading(dataset, fetcher, rows=rows, epochs=1) as (reader, demand):
             take(reader, demand)
-    used = 2 * int(dataset.records["length"].sum())
-    # Between two images lie 100 to 200 bytes of the container: here 5 %, of images of 110 KB 0.2 %.
-    assert used <= server.counters()["bytes_read"] <= 1.06 * used
-    assert fetcher.metrics()["data/fetched_per_used"] == pytest.approx(server.counters()["bytes_read"] / used)
+    # Each range once: on a slow machine one may be raced by a second request.
+    fetched = sum({(a.object, a.range): a.bytes for a in server.reads(PART)}.values())
+    used = int(dataset.records["length"].sum())
+    # Between two images lie 100 to 200 bytes of the container, and small gaps are read along: of images of
+    # 3 KB that is some percent, of 110 KB 0.2 %.
+    assert used <= fetched <= 1.1 * used
+    assert fetcher.metrics()["data/fetched_per_used"] >= fetched / used
 
 
 def fault(kind: str, **options: object) -> cloud.Fault:
@@ -300,7 +304,7 @@ def test_a_second_run_reads_nothing_that_the_cache_has(server: cloud.Server, tmp
         with reading(dataset, fetcher, order, **BLOCKS) as (reader, demand):
             assert take(reader, demand) == expected(demand)
         fetched, used = server.counters()["bytes_read"], int(dataset.records["length"].sum())
-        assert fetched == 0 if run else used <= fetched <= 1.06 * used  # the second epoch was cached, too
+        assert fetched == 0 if run else used <= fetched <= 1.1 * used  # the second epoch was cached, too
         fetcher.close()
     assert fetcher.metrics()["data/cache_hit_share"] == 1
 
