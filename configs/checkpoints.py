@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs import google
 from configs.errors import UserError
 
 COMMITTED = "commit_success.txt"
@@ -18,7 +19,7 @@ PERMISSIONS = (
     "storage.objects.list", "storage.objects.get", "storage.objects.create", "storage.objects.delete",
     "storage.buckets.get",  # Orbax asks for the bucket's kind as it deletes an old checkpoint
 )  # fmt: skip
-ROLES = "give them the roles Storage Object User and Storage Legacy Bucket Reader on the bucket"
+ROLES = "the roles Storage Object User and Storage Legacy Bucket Reader on the bucket"
 
 
 def steps(place: str) -> list[int]:
@@ -27,14 +28,14 @@ def steps(place: str) -> list[int]:
         folder = Path(place)
         return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     with _bucket(place) as (bucket, prefix):
-        listing = bucket.list_blobs(prefix=prefix, delimiter="/", retry=_retry())
+        listing = bucket.list_blobs(prefix=prefix, delimiter="/", retry=google.retry())
         for _ in listing:
             pass  # objects; at the end it knows the folders, too
         names = [folder.removeprefix(prefix).rstrip("/") for folder in listing.prefixes]
         return sorted(
             int(name)
             for name in names
-            if name.isdigit() and bucket.blob(f"{prefix}{name}/{COMMITTED}").exists(retry=_retry())
+            if name.isdigit() and bucket.blob(f"{prefix}{name}/{COMMITTED}").exists(retry=google.retry())
         )
 
 
@@ -43,10 +44,12 @@ def check(place: str) -> None:
     if not place.startswith("gs://"):
         return
     with _bucket(place) as (bucket, _):
-        missing = sorted(set(PERMISSIONS) - set(bucket.test_iam_permissions(PERMISSIONS, retry=_retry())))
+        missing = sorted(
+            set(PERMISSIONS) - set(bucket.test_iam_permissions(PERMISSIONS, retry=google.retry()))
+        )
     if missing:
         raise UserError(
-            f"checkpoint.directory = {place}: these credentials lack {', '.join(missing)}; {ROLES}"
+            f"checkpoint.directory = {place}: these credentials lack {', '.join(missing)}; give them {ROLES}"
         )
 
 
@@ -55,7 +58,7 @@ def checksums(place: str) -> dict[str, int]:
     from base64 import b64decode
 
     with _bucket(place) as (bucket, prefix):
-        blobs = list(bucket.list_blobs(prefix=prefix, retry=_retry()))
+        blobs = list(bucket.list_blobs(prefix=prefix, retry=google.retry()))
     return {b.name.removeprefix(prefix): int.from_bytes(b64decode(b.crc32c), "big") for b in blobs}
 
 
@@ -101,51 +104,19 @@ def _create_object(blob: Any, text: str) -> str:
 
     # 0: there is none. So of two runs that begin at the same time, one is refused.
     with contextlib.suppress(PreconditionFailed):
-        blob.upload_from_string(text, "application/json", if_generation_match=0, retry=_retry())
-    return str(blob.download_as_text(retry=_retry()))
+        blob.upload_from_string(text, "application/json", if_generation_match=0, retry=google.retry())
+    return str(blob.download_as_text(retry=google.retry()))
 
 
 @contextlib.contextmanager
 def _bucket(place: str) -> Iterator[tuple[Any, str]]:
     """Google's bucket and the prefix of a gs:// address; errors come out as one line for the user."""
-    from google.api_core.exceptions import GoogleAPIError, NotFound
-    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
     from google.cloud import storage
-    from requests.exceptions import RequestException
 
-    name, _, prefix = place.removeprefix("gs://").strip("/").partition("/")
     where = f"checkpoint.directory = {place}"
+    name, prefix = google.bucket_and_prefix(place)
     try:
-        yield storage.Client().bucket(name), f"{prefix}/" if prefix else ""
-    except DefaultCredentialsError:
-        raise UserError(
-            f"{where}: there are no Google credentials; log in with `gcloud auth application-default login`, "
-            "or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account"
-        ) from None
-    except NotFound:
-        raise UserError(
-            f"{where}: there is no bucket {name}; make it with `gcloud storage buckets create gs://{name}`, "
-            "or name another"
-        ) from None
-    except (GoogleAPIError, RequestException, TransportError) as e:
-        code = getattr(e, "code", None)
-        if code in (401, 403):
-            raise UserError(
-                f"{where}: these credentials may not read and write there (HTTP {code}); {ROLES}"
-            ) from None
-        raise UserError(f"{where} cannot be reached: {_first_line(e)}; try again") from None
-    except GoogleAuthError as e:
-        raise UserError(
-            f"{where}: the Google credentials were refused ({_first_line(e)}); renew them, as with "
-            "`gcloud auth application-default login`"
-        ) from None
-
-
-def _retry() -> Any:
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    return DEFAULT_RETRY.with_timeout(30.0)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        with google.explained(where, bucket=name, roles=ROLES):
+            yield storage.Client().bucket(name), prefix
+    except google.UnreachableError as e:
+        raise UserError(f"{e}; try again") from None

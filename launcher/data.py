@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from configs.errors import UserError
+from configs.google import UnreachableError
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -27,11 +28,9 @@ class DataCommand(click.Command):
     """What storage refuses for good is one line, as what the user must mend."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from trainer.data.storage import TransientError
-
         try:
             return super().invoke(ctx)
-        except TransientError as e:
+        except UnreachableError as e:
             raise UserError(f"{e}; run it again") from None
         except BrokenPipeError:
             raise  # click's
@@ -47,11 +46,10 @@ class DataCommands(click.Group):
 def check(config: "RunConfig") -> None:
     """Open the datasets of a run, so that what is wrong with them is told before anything is made. Raises UserError."""
     from trainer.data.records import open_datasets
-    from trainer.data.storage import TransientError
 
     try:
         open_datasets(config)
-    except TransientError as e:
+    except UnreachableError as e:
         raise UserError(f"{e}; try again") from None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from google.api_core.exceptions import GoogleAPIError
 from google.auth.exceptions import GoogleAuthError
 
-from configs.errors import UserError
+from configs import google
 
 PIECE_BYTES = 4 << 20
 INTERVAL_SECONDS = 15.0
@@ -34,12 +34,10 @@ class Uploader:
     ):
         from google.cloud import storage  # 0.3 s to import, for gs:// only
 
-        bucket, _, prefix = destination.removeprefix("gs://").partition("/")
-        try:
+        where = f"log.tensorboard = {destination}"
+        bucket, self._prefix = google.bucket_and_prefix(destination)
+        with google.explained(where, bucket=bucket, roles="the role Storage Object User on the bucket"):
             self._bucket = storage.Client().bucket(bucket)
-        except GoogleAuthError as e:
-            raise UserError(f"log.tensorboard = {destination}: no Google credentials: {e}") from None
-        self._prefix = prefix.strip("/")
         self._piece_bytes = piece_bytes
         self._interval = interval_seconds
         self._local = tempfile.TemporaryDirectory(prefix="podlaunch-tensorboard-")
@@ -81,8 +79,7 @@ class Uploader:
             content = f.read()
         end = whole_records(content, self._piece_bytes)
         if sent.piece_start + end > sent.upto:
-            name = "/".join(filter(None, (self._prefix, f"{file.name}.{sent.piece:05d}")))
-            self._bucket.blob(name).upload_from_string(
+            self._bucket.blob(f"{self._prefix}{file.name}.{sent.piece:05d}").upload_from_string(
                 content[:end], "application/octet-stream", timeout=60, checksum="crc32c"
             )
             sent.upto = sent.piece_start + end

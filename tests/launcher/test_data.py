@@ -112,7 +112,7 @@ def test_a_bucket_that_cannot_be_read_is_one_line(gcs, tmp_path: Path):
     for arguments in (("inspect", "gs://elsewhere/x"), ("index", "gs://elsewhere/x")):
         done = launch(*arguments)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
-        assert "there is no such bucket" in done.stderr
+        assert "there is no bucket elsewhere" in done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(folder: Path, tmp_path: Path):

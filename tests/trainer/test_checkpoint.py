@@ -210,7 +210,7 @@ def test_a_place_belongs_to_one_run(place: epath.Path) -> None:
     ("url", "status", "words"),
     [
         ("gs://absent-bucket/x", None, "there is no bucket absent-bucket; make it with"),
-        (f"gs://{BUCKET}/x", 403, r"may not read and write there \(HTTP 403\)"),
+        (f"gs://{BUCKET}/x", 403, r"have no permission \(HTTP 403\)"),
         (f"gs://{BUCKET}/x", 401, "there are no Google credentials; log in with"),  # it comes anonymously
     ],
 )

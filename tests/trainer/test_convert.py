@@ -471,7 +471,7 @@ def test_places_that_cannot_be_are_refused(folder: Path, tmp_path: Path, gcs):
         "is not empty": lambda: convert(folder, tmp_path / "flat"),
         "empty is empty": lambda: convert(tmp_path / "empty", tmp_path / "x", "tfrecord"),
         "gs://bucket/in is empty": lambda: convert("gs://bucket/in", tmp_path / "x", "tfrecord"),
-        "there is no such bucket": lambda: indexed("gs://elsewhere/in"),
+        "there is no bucket elsewhere": lambda: indexed("gs://elsewhere/in"),
         "holds no webdataset shards": lambda: convert(tmp_path / "flat", tmp_path / "x", "webdataset"),
         "no shards: a.jpg": lambda: indexed(tmp_path / "flat"),
         "no manifest.json there": lambda: tool.read_classes(str(tmp_path / "flat")),

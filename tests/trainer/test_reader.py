@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
+from configs.google import UnreachableError
 from tests import gcs as cloud
 from tests.trainer import datasets
 from trainer.data.cache import Cache
@@ -345,6 +346,6 @@ def test_what_a_kill_left_in_the_cache_is_removed_and_not_read(tmp_path: Path) -
 
 def test_a_name_that_does_not_resolve_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
-    monkeypatch.setattr("trainer.data.storage.RETRY_SECONDS", 0.2)
-    with pytest.raises(TransientError, match=r"gs://somewhere/x cannot be reached: .*storage\.invalid"):
+    monkeypatch.setattr("configs.google.RETRY_SECONDS", 0.2)
+    with pytest.raises(UnreachableError, match=r"gs://somewhere/x cannot be reached: .*storage\.invalid"):
         open_dataset("gs://somewhere/x")

@@ -31,11 +31,11 @@ def test_a_folder_that_is_not_there_or_empty(tmp_path: Path) -> None:
 
 
 def test_a_bucket_that_is_not_there_or_empty_or_closed(gcs: cloud.Server) -> None:
-    assert refused("gs://nowhere/x") == "gs://nowhere/x: there is no such bucket"
+    assert refused("gs://nowhere/x").startswith("gs://nowhere/x: there is no bucket nowhere; make it with")
     assert "is empty; `launch data convert`" in refused(f"gs://{cloud.BUCKET}/x")
     assert "names no bucket" in refused("gs://")
     gcs.faults.append(cloud.Fault("status", operation="*", status=403))
-    assert "no permission to read it (HTTP 403)" in refused(f"gs://{cloud.BUCKET}/x")
+    assert "no permission (HTTP 403); give them the role Storage Object Viewer" in refused(f"gs://{cloud.BUCKET}/x")
 
 
 def test_an_address_that_is_none() -> None:

@@ -4,6 +4,7 @@ The Google client lists, uploads and finds credentials; bodies are read over its
 costs a tenth of the client's own download path.
 """
 
+import base64
 import contextlib
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from urllib.parse import quote
 
+from configs import google
 from configs.errors import UserError
 from configs.files import write_atomically
 
@@ -19,8 +21,7 @@ if TYPE_CHECKING:
     from google.cloud.storage import Client
 
 CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0
-RETRY_SECONDS = 15.0
-"""For listing and small objects; ranges are fetch.py's."""
+ROLES = "the role Storage Object Viewer on the bucket"
 CONNECTIONS = 32
 CHUNK_BYTES = 1 << 18
 
@@ -37,8 +38,8 @@ class Object:
     """Checksum of the whole object where the store knows it: GCS does, folders do not."""
 
 
-class TransientError(Exception):
-    """A read that failed and may well work again: an overloaded server, a broken connection, a short body."""
+class TransientError(google.UnreachableError):
+    """A read that may well work when repeated: an overloaded server, a broken connection, a short body."""
 
     def __init__(self, message: str, *, throttled: bool = False):
         super().__init__(message)
@@ -176,63 +177,63 @@ class Bucket:
     remote = True
 
     def __init__(self, url: str):
-        from google.auth.exceptions import GoogleAuthError
-
-        name, _, prefix = url.removeprefix("gs://").partition("/")
-        if not name:
-            raise UserError(f"{url}: names no bucket; give gs://bucket/prefix")
+        name, self._prefix = google.bucket_and_prefix(url)
         self.url = url.rstrip("/")
         try:
             self._client = _client()
-        except (GoogleAuthError, ValueError, OSError) as e:
-            raise UserError(f"{url}: the Google credentials cannot be used: {_first_line(e)}") from None
+        except (ValueError, OSError) as e:  # DefaultCredentialsError is no ValueError
+            raise UserError(f"{url}: the Google credentials cannot be used: {google.first_line(e)}") from None
         self._bucket = self._client.bucket(name)
-        self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self._session = _session(self._client)
 
     def list(self) -> list[Object]:
-        with _explained(self.url):
+        with self._explained():
             blobs = self._client.list_blobs(
-                self._bucket, prefix=self._prefix, delimiter="/", retry=_retry(), timeout=READ_SECONDS
+                self._bucket, prefix=self._prefix, delimiter="/", retry=google.retry(), timeout=READ_SECONDS
             )
             return [
                 Object(
-                    b.name.removeprefix(self._prefix), b.size, b.generation, int.from_bytes(_base64(b.crc32c))
+                    b.name.removeprefix(self._prefix),
+                    b.size,
+                    b.generation,
+                    int.from_bytes(base64.b64decode(b.crc32c)),
                 )
                 for b in blobs
                 if b.name != self._prefix
             ]
 
     def open(self, name: str) -> BinaryIO:
-        return cast(BinaryIO, self._blob(name).open("rb", retry=_retry()))
+        return cast(BinaryIO, self._blob(name).open("rb", retry=google.retry()))
 
     def read(self, name: str) -> bytes:
         from google.cloud.exceptions import NotFound
 
-        with _explained(self.url):
+        with self._explained():
             try:
-                return cast(bytes, self._blob(name).download_as_bytes(retry=_retry(), checksum="crc32c"))
+                return cast(
+                    bytes, self._blob(name).download_as_bytes(retry=google.retry(), checksum="crc32c")
+                )
             except NotFound:
                 # A missing bucket is a 404 just as a missing object is.
-                next(iter(self._client.list_blobs(self._bucket, max_results=1, retry=_retry())), None)
+                next(iter(self._client.list_blobs(self._bucket, max_results=1, retry=google.retry())), None)
                 raise FileNotFoundError(f"{self.url}/{name}") from None
 
     def write(self, name: str, content: bytes) -> None:
-        with _explained(self.url):
+        with self._explained():
             self._blob(name).upload_from_string(
-                content, "application/octet-stream", checksum="crc32c", retry=_retry()
+                content, "application/octet-stream", checksum="crc32c", retry=google.retry()
             )
 
     def upload(self, name: str, file: Path) -> None:
-        with _explained(self.url):
-            self._blob(name).upload_from_filename(str(file), checksum="crc32c", retry=_retry())
+        with self._explained():
+            self._blob(name).upload_from_filename(str(file), checksum="crc32c", retry=google.retry())
         file.unlink()
 
     def delete(self, name: str) -> None:
         from google.cloud.exceptions import NotFound
 
-        with _explained(self.url), contextlib.suppress(NotFound):
-            self._blob(name).delete(retry=_retry())
+        with self._explained(), contextlib.suppress(NotFound):
+            self._blob(name).delete(retry=google.retry())
 
     def fetch(self, obj: Object, offset: int, into: Sequence[memoryview], progress: Progress) -> None:
         import requests
@@ -255,21 +256,21 @@ class Bucket:
                 self._check(response, obj, where)
                 _fill(response.raw, into, where, progress)
         except (requests.RequestException, urllib3.exceptions.HTTPError, TransportError, OSError) as e:
-            raise TransientError(f"{where}: {_first_line(e)}") from None
+            raise TransientError(f"{where}: {google.first_line(e)}") from None
         except GoogleAuthError as e:
-            raise UserError(
-                f"{where}: the Google credentials were refused ({_first_line(e)}); "
-                "renew them, as with `gcloud auth application-default login`"
-            ) from None
+            raise UserError(google.refused(where, e)) from None
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return google.explained(self.url, bucket=self._bucket.name, roles=ROLES)
 
     def _check(self, response: Any, obj: Object, where: str) -> None:
         status = response.status_code
         if status in (408, 429) or status >= 500:
             raise TransientError(f"{where}: HTTP {status}", throttled=status == 429)
         if status in (401, 403):
-            raise UserError(_denied(where, status))
+            raise UserError(google.denied(where, status, ROLES))
         if status == 404:
-            blob = self._bucket.get_blob(self._prefix + obj.name, retry=_retry())
+            blob = self._bucket.get_blob(self._prefix + obj.name, retry=google.retry())
             raise _gone(self.url, obj) if blob is None else _replaced(self.url, obj)
         generation = response.headers.get("x-goog-generation")
         if generation is not None and int(generation) != obj.generation:
@@ -311,7 +312,7 @@ def _client() -> "Client":
         return storage.Client()
     except DefaultCredentialsError as e:
         if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-            raise ValueError(f"GOOGLE_APPLICATION_CREDENTIALS: {_first_line(e)}") from None
+            raise ValueError(f"GOOGLE_APPLICATION_CREDENTIALS: {google.first_line(e)}") from None
         return storage.Client.create_anonymous_client()
 
 
@@ -326,45 +327,6 @@ def _session(client: "Client") -> Any:
     return session
 
 
-def _retry() -> Any:
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    return DEFAULT_RETRY.with_timeout(RETRY_SECONDS).with_delay(initial=0.1, maximum=4.0)
-
-
-class _explained:  # noqa: N801 (used as a function)
-    """Google's errors in one line for the user."""
-
-    def __init__(self, url: str):
-        self._url = url
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        from google.api_core.exceptions import GoogleAPICallError, NotFound, RetryError
-        from google.auth.exceptions import GoogleAuthError, TransportError
-        from requests.exceptions import RequestException
-
-        if isinstance(error, NotFound):
-            raise UserError(f"{self._url}: there is no such bucket") from None
-        if isinstance(error, GoogleAPICallError) and error.code in (401, 403):
-            raise UserError(_denied(self._url, error.code)) from None
-        if isinstance(error, (RequestException, TransportError, RetryError, GoogleAPICallError)):
-            cause = getattr(error, "cause", None) or error  # of the client's retries
-            raise TransientError(f"{self._url} cannot be reached: {_first_line(cause)}") from None
-        if isinstance(error, GoogleAuthError):
-            raise UserError(
-                f"{self._url}: the Google credentials were refused: {_first_line(error)}"
-            ) from None
-
-
-def _denied(where: str, status: int) -> str:
-    return (
-        f"{where}: no permission to read it (HTTP {status}); give these credentials the role "
-        "Storage Object Viewer, or log in with `gcloud auth application-default login`"
-    )
-
-
 def _gone(url: str, obj: Object) -> UserError:
     return UserError(f"{url}/{obj.name} is gone since the run began; restore it, then launch again")
 
@@ -374,13 +336,3 @@ def _replaced(url: str, obj: Object) -> UserError:
         f"{url}/{obj.name} was overwritten since the run began (it was generation {obj.generation}); "
         "restore it, or index the new data and begin another run with --name"
     )
-
-
-def _base64(text: str) -> bytes:
-    import base64
-
-    return base64.b64decode(text)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,80 @@
+"""Cloud Storage as launcher/ and trainer/ both meet it: an address, and Google's errors in one line for the user.
+
+Google's packages are imported where they are used: they take 0.3 s, and most commands do without.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from configs.errors import UserError
+
+RETRY_SECONDS = 15.0
+"""For listing and small objects; what is streamed has its own rules."""
+LOG_IN = "`gcloud auth application-default login`"
+
+
+class UnreachableError(Exception):
+    """The service does not answer, or not as it should. Later it may."""
+
+
+def bucket_and_prefix(url: str) -> tuple[str, str]:
+    """`gs://bucket/a/b` as ("bucket", "a/b/"). Raises UserError where it names no bucket."""
+    bucket, _, prefix = url.removeprefix("gs://").partition("/")
+    if not bucket:
+        raise UserError(f"{url}: names no bucket; give gs://bucket/prefix")
+    prefix = prefix.strip("/")
+    return bucket, f"{prefix}/" if prefix else ""
+
+
+def retry() -> Any:
+    """The client's own repetitions, for seconds instead of its two minutes."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(RETRY_SECONDS).with_delay(initial=0.1, maximum=4.0)
+
+
+@contextmanager
+def explained(where: str, *, bucket: str, roles: str) -> Iterator[None]:
+    """Raises UserError for what the user must mend, and UnreachableError; `roles` are those that are needed."""
+    from google.api_core.exceptions import GoogleAPICallError, NotFound, RetryError
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
+    from requests.exceptions import RequestException
+
+    try:
+        yield
+    except DefaultCredentialsError as e:
+        detail = f" ({first_line(e)})" if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") else ""
+        raise UserError(
+            f"{where}: there are no Google credentials{detail}; log in with {LOG_IN}, "
+            "or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account"
+        ) from None
+    except NotFound:
+        raise UserError(
+            f"{where}: there is no bucket {bucket}; make it with `gcloud storage buckets create gs://{bucket}`, "
+            "or name another"
+        ) from None
+    except (GoogleAPICallError, RetryError, RequestException, TransportError) as e:
+        code = getattr(e, "code", None)
+        if code in (401, 403):
+            raise UserError(denied(where, code, roles)) from None
+        cause = getattr(e, "cause", None) or e  # of the client's repetitions
+        raise UnreachableError(f"{where} cannot be reached: {first_line(cause)}") from None
+    except GoogleAuthError as e:
+        raise UserError(refused(where, e)) from None
+
+
+def denied(where: str, status: int, roles: str) -> str:
+    return (
+        f"{where}: these credentials have no permission (HTTP {status}); give them {roles}, "
+        f"or log in with others: {LOG_IN}"
+    )
+
+
+def refused(where: str, error: Exception) -> str:
+    return f"{where}: the Google credentials were refused ({first_line(error)}); renew them, as with {LOG_IN}"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
