@@ -28,11 +28,11 @@ def bucket_and_prefix(url: str) -> tuple[str, str]:
     return bucket, f"{prefix}/" if prefix else ""
 
 
-def retry() -> Any:
-    """The client's own repetitions, for seconds instead of its two minutes."""
+def retry(seconds: float | None = None) -> Any:
+    """The client's own repetitions: RETRY_SECONDS instead of its two minutes, unless told."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    return DEFAULT_RETRY.with_timeout(RETRY_SECONDS).with_delay(initial=0.1, maximum=4.0)
+    return DEFAULT_RETRY.with_timeout(seconds or RETRY_SECONDS).with_delay(initial=0.1, maximum=4.0)
 
 
 @contextmanager

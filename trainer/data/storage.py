@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0
 ROLES = "the role Storage Object Viewer on the bucket"
+UPLOAD_SECONDS = 300.0
 CONNECTIONS = 32
 CHUNK_BYTES = 1 << 18
 
@@ -226,7 +227,8 @@ class Bucket:
 
     def upload(self, name: str, file: Path) -> None:
         with self._explained():
-            self._blob(name).upload_from_filename(str(file), checksum="crc32c", retry=google.retry())
+            retry = google.retry(UPLOAD_SECONDS)
+            self._blob(name).upload_from_filename(str(file), checksum="crc32c", retry=retry)
         file.unlink()
 
     def delete(self, name: str) -> None:
