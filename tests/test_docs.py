@@ -282,7 +282,7 @@ FINISHED: dict[str, Any] = {
     "report": {
         "phase": "completed", "step": 90, "epoch": 90 * 64 / 1437, "train/loss": 0.5437,
         "train/accuracy": 0.9987, "speed/images_per_second": 142.0, "speed/data_wait_share": 0.004,
-        "eval/accuracy": 358 / 360, "time": 0,
+        "bound": "compute-bound", "data/ready_batches": 4, "eval/accuracy": 358 / 360, "time": 0,
     },
     "attempt": {
         "attempt": 1, "verdict": "completed", "from_step": 0, "reached_step": 90, "kept_step": 90,
