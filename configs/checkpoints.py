@@ -111,12 +111,10 @@ def _create_object(blob: Any, text: str) -> str:
 @contextlib.contextmanager
 def _bucket(place: str) -> Iterator[tuple[Any, str]]:
     """Google's bucket and the prefix of a gs:// address; errors come out as one line for the user."""
-    from google.cloud import storage
-
     where = f"checkpoint.directory = {place}"
     name, prefix = google.bucket_and_prefix(place)
     try:
         with google.explained(where, bucket=name, roles=ROLES):
-            yield storage.Client().bucket(name), prefix
+            yield google.client().bucket(name), prefix
     except google.UnreachableError as e:
         raise UserError(f"{e}; try again") from None

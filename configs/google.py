@@ -10,7 +10,8 @@ from typing import Any
 
 from configs.errors import UserError
 
-RETRY_SECONDS = 15.0
+READ_SECONDS = 10.0
+RETRY_SECONDS = 30.0
 """For listing and small objects; what is streamed has its own rules."""
 LOG_IN = "`gcloud auth application-default login`"
 
@@ -33,6 +34,13 @@ def retry(seconds: float | None = None) -> Any:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     return DEFAULT_RETRY.with_timeout(seconds or RETRY_SECONDS).with_delay(initial=0.1, maximum=4.0)
+
+
+def client() -> Any:
+    """Google's client, which needs no project for what is done here."""
+    from google.cloud import storage
+
+    return storage.Client(project=None)
 
 
 @contextmanager
@@ -62,7 +70,18 @@ def explained(where: str, *, bucket: str, roles: str) -> Iterator[None]:
         cause = getattr(e, "cause", None) or e  # of the client's repetitions
         raise UnreachableError(f"{where} cannot be reached: {first_line(cause)}") from None
     except GoogleAuthError as e:
+        if is_passing(e):
+            raise UnreachableError(f"{where}: no credentials now: {first_line(e)}") from None
         raise UserError(refused(where, e)) from None
+
+
+def is_passing(error: Any) -> bool:
+    """Whether credentials were only out of reach. google-auth says so, or wraps what it met, in several ways."""
+    from google.auth.exceptions import TransportError
+
+    return error.retryable or any(
+        isinstance(e, TransportError) for e in (error, error.__cause__, *error.args)
+    )
 
 
 def denied(where: str, status: int, roles: str) -> str:

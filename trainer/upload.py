@@ -32,12 +32,10 @@ class Uploader:
         piece_bytes: int = PIECE_BYTES,
         interval_seconds: float = INTERVAL_SECONDS,
     ):
-        from google.cloud import storage  # 0.3 s to import, for gs:// only
-
         where = f"log.tensorboard = {destination}"
         bucket, self._prefix = google.bucket_and_prefix(destination)
         with google.explained(where, bucket=bucket, roles="the role Storage Object User on the bucket"):
-            self._bucket = storage.Client().bucket(bucket)
+            self._bucket = google.client().bucket(bucket)
         self._piece_bytes = piece_bytes
         self._interval = interval_seconds
         self._local = tempfile.TemporaryDirectory(prefix="podlaunch-tensorboard-")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.auth.exceptions import RefreshError, TransportError
 
 from configs.errors import UserError
 from configs.google import UnreachableError
@@ -154,6 +155,57 @@ def test_the_stream_is_that_of_a_server_without_faults(
     else:
         assert figures["data/retries"] > 0
     assert (figures["data/throttled"] > 0) == (injected.status == 429 and injected.kind == "status")
+
+
+def test_many_slow_requests_at_once_are_raced_within_the_budget(server: cloud.Server) -> None:
+    dataset = open_dataset(URL)
+    fetcher = Fetcher(retry_seconds=5)
+    with reading(dataset, fetcher, epochs=1) as (reader, demand):
+        take(reader, demand)  # what is usual
+    server.faults.append(fault("slow", seconds=0.4))
+    with reading(dataset, fetcher, epochs=1) as (reader, demand):
+        take(reader, demand)
+    figures = fetcher.metrics()
+    fetcher.close()
+    assert 1 <= figures["data/hedges"] <= 1 + 0.05 * figures["data/requests"]
+
+
+def test_a_body_that_only_trickles_is_given_up(server: cloud.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.fetch.READ_SECONDS", 0.1)
+    monkeypatch.setattr("trainer.data.fetch.HEDGE_SHARE", -1.0)  # no second request comes to the rescue
+    dataset, fetcher = open_dataset(URL), Fetcher(retry_seconds=30)
+    server.faults.append(fault("stall", seconds=1.0, count=1))
+    with reading(dataset, fetcher, epochs=1) as (reader, demand):
+        assert take(reader, demand) == expected(demand)
+    assert fetcher.metrics()["data/retries"] == 1
+    fetcher.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RefreshError("timeout", retryable=True),
+        RefreshError(TransportError("the metadata server does not answer")),
+        TransportError("no route"),
+    ],
+)
+def test_credentials_that_are_out_of_reach_for_a_moment_do_not_end_a_run(
+    error: Exception, server: cloud.Server, fetcher: Fetcher
+) -> None:
+    dataset = open_dataset(URL)
+    session = dataset.store._session  # type: ignore[attr-defined]
+    errors = [error]
+
+    def credentials_first(request: object, **options: object) -> object:
+        if errors:
+            raise errors.pop()
+        return request
+
+    session.auth = credentials_first  # requests asks it before each request is sent
+    with reading(dataset, fetcher) as (reader, demand):
+        assert take(reader, demand) == expected(demand)
+    assert not errors
+    assert fetcher.metrics()["data/retries"] == 1
 
 
 def test_what_does_not_pass_is_told_with_its_object_and_number_of_attempts(server: cloud.Server) -> None:

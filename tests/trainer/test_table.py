@@ -35,7 +35,20 @@ def test_a_bucket_that_is_not_there_or_empty_or_closed(gcs: cloud.Server) -> Non
     assert "is empty; `launch data convert`" in refused(f"gs://{cloud.BUCKET}/x")
     assert "names no bucket" in refused("gs://")
     gcs.faults.append(cloud.Fault("status", operation="*", status=403))
-    assert "no permission (HTTP 403); give them the role Storage Object Viewer" in refused(f"gs://{cloud.BUCKET}/x")
+    assert "no permission (HTTP 403); give them the role Storage Object Viewer" in refused(
+        f"gs://{cloud.BUCKET}/x"
+    )
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "short", "reset", "status"])
+@pytest.mark.parametrize("name", ["manifest.json", "records.npy"])
+def test_a_table_that_is_damaged_on_its_way_is_read_again(
+    kind: str, name: str, tmp_path: Path, gcs: cloud.Server
+) -> None:
+    manifest = datasets.write(tmp_path, IMAGES)
+    gcs.put_folder(tmp_path, "d/")
+    gcs.faults.append(cloud.Fault(kind, object=f"d/{name}", count=1))  # type: ignore[arg-type]
+    assert open_dataset(f"gs://{cloud.BUCKET}/d").manifest == manifest
 
 
 def test_an_address_that_is_none() -> None:

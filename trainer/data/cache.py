@@ -35,8 +35,9 @@ class Cache:
         self._number = 0
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob(f"*{PARTIAL}"):
-            if time.time() - file.stat().st_mtime > LEFT_BEHIND_SECONDS:
-                file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process may be first
+                if time.time() - file.stat().st_mtime > LEFT_BEHIND_SECONDS:
+                    file.unlink()
         self._total = self._written = self._writing = 0
         self._make_room()
 
@@ -47,13 +48,13 @@ class Cache:
             return False
 
     def read(self, part: Request) -> np.ndarray | None:
-        """The payload of a part of a block, or None."""
+        """The payload of a part of a block, or None where it cannot be had."""
         block = part.whole_block()
         try:
             with self._file(block).open("rb") as f:
                 os.utime(f.fileno())
                 return np.fromfile(f, np.uint8, part.payload_bytes(), offset=part.payload_offset_in(block))
-        except FileNotFoundError:
+        except OSError:
             return None
 
     def keep(self, block: Request, payload: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from configs.google import READ_SECONDS, UnreachableError
 from trainer.data.cache import Cache
 from trainer.data.request import Request
 from trainer.data.storage import CONNECTIONS, AbandonedError, TransientError
@@ -24,6 +25,8 @@ RETRY_SECONDS = 60.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 8.0
 HEDGE_SHARE = 0.05
 SOONEST_HEDGE_SECONDS = 0.05
+DEAD_BYTES_PER_SECOND = 64 << 10
+"""Below this rate a request is given up, even if a byte comes now and then."""
 SLOW_BYTES_PER_SECOND = 25e6 / 3
 """A request below this rate may be raced, once it is also slower than 95 % of those before."""
 FIRST_CONNECTIONS = 8
@@ -215,13 +218,9 @@ class Fetcher:
             self._pool.submit(self._run, _Race(block, done=fetching))
 
     def _read_cached(self, request: Request, part: "Future[np.ndarray]", cache: Cache) -> None:
-        try:
-            found = cache.read(request)
-        except OSError as e:
-            part.set_exception(e)
-            return
-        if found is None:  # dropped meanwhile, to make room
-            self._cached(request, part, cache)
+        found = cache.read(request)
+        if found is None:  # dropped meanwhile to make room, or not ours to read
+            self._pool.submit(self._run, _Race(request, done=part))
             return
         self.stats.count(cache_hits=1)
         part.set_result(found)
@@ -251,11 +250,12 @@ class Fetcher:
             try:
                 with self.limiter:
                     race.begun = time.monotonic()
-                    self._attempt(race, "requests")
-            except TransientError as e:
+                    self.stats.count(requests=1)
+                    self._attempt(race)
+            except UnreachableError as e:
                 if race.done.done():
                     return
-                self.stats.count(retries=1, throttled=int(e.throttled))
+                self.stats.count(retries=1, throttled=int(getattr(e, "throttled", False)))
                 first_failure, attempt = min(first_failure, time.monotonic()), attempt + 1
                 if time.monotonic() - first_failure > self._retry_seconds:
                     raise TransientError(f"{e}, still so after {attempt} attempts") from None
@@ -264,26 +264,30 @@ class Fetcher:
                 if self._closing.wait(wait):
                     raise AbandonedError from None
 
-    def _attempt(self, race: _Race, kind: str) -> None:
+    def _attempt(self, race: _Race) -> bool:
+        """Whether this runner won."""
         request = race.request
+
+        begun = time.monotonic()
+        deadline = begun + READ_SECONDS + request.length / DEAD_BYTES_PER_SECOND
 
         def progress(num_bytes: int) -> bool:
             self.stats.count(bytes_fetched=num_bytes)
+            if time.monotonic() > deadline:
+                raise TransientError(f"{request.store.url}/{request.object.name}: the body only trickles")
             return not (race.done.done() or self._closing.is_set())
 
         payload = np.empty(request.payload_bytes(), np.uint8)
-        self.stats.count(**{kind: 1})
-        begun = time.monotonic()
         request.store.fetch(request.object, request.offset, request.views(payload.data), progress)
         self.stats.took(time.monotonic() - begun)
-        if race.win(payload) and kind == "hedges":
-            self.stats.count(hedges_won=1)
+        return race.win(payload)
 
     def _hedge(self, race: _Race) -> None:
         # Past the limiter: what is raced may be all that the limiter lets run.
         try:
-            self._attempt(race, "hedges")
-        except (TransientError, AbandonedError):
+            if not race.done.done() and self._attempt(race):
+                self.stats.count(hedges_won=1)
+        except (UnreachableError, AbandonedError):
             pass  # the first runner goes on
         except Exception as e:  # noqa: BLE001 (the future carries it to who waits)
             race.fail(e)
@@ -300,6 +304,7 @@ class Fetcher:
                 patience = max(usual, race.request.length / SLOW_BYTES_PER_SECOND, SOONEST_HEDGE_SECONDS)
                 if time.monotonic() - race.begun > patience and self._may_hedge():
                     race.hedged = True
+                    self.stats.count(hedges=1)
                     self._hedges.submit(self._hedge, race)
 
     def _may_hedge(self) -> bool:

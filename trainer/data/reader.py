@@ -143,8 +143,8 @@ class Reader:
     def read(self, index: int) -> np.ndarray:
         """One record by itself. Raises DamagedRecordError, and what fetching raises."""
         request = self._request(index, index)
-        for _ in range(REREADS):
-            image = self._fetcher.submit(request, fresh=True).result()
+        for attempt in range(REREADS):
+            image = self._fetcher.submit(request, fresh=attempt > 0).result()
             if self._is_whole(image, index):
                 return image
         raise DamagedRecordError(f"the bytes do not match their checksum, {REREADS} times read anew")
@@ -186,7 +186,7 @@ class Reader:
             reading = window.ranges.pop(place)
             reading.remaining -= 1
             if not window.ranges:
-                del self._windows[key]
+                self._windows.pop(key, None)  # closing has cleared them
         if reading.remaining == 0:
             reading.payload = None
             self._budget.give(reading.request.payload_bytes())

@@ -27,6 +27,12 @@ WORKING_SPARE = 1.25
 
 def open_splits(config: RunConfig) -> tuple["Records", "Records"]:
     train, held_out = open_datasets(config)
+    size = sum(obj.size for obj in train.objects)
+    if config.data.cache is not None and train.store.remote and size > config.data.cache_gib * 2**30:
+        _log.warning(
+            "data.cache_gib = %g is less than the %.4g GiB of %s: blocks are read anew as often as they are dropped",
+            config.data.cache_gib, size / 2**30, train.store.url,
+        )  # fmt: skip
     fetcher = Fetcher(cache=_cache(config.data))
     return Records(config, train, fetcher), Records(config, held_out, fetcher)
 

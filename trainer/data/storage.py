@@ -20,10 +20,11 @@ from configs.files import write_atomically
 if TYPE_CHECKING:
     from google.cloud.storage import Client
 
-CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0
+CONNECT_SECONDS = 5.0
 ROLES = "the role Storage Object Viewer on the bucket"
 UPLOAD_SECONDS = 300.0
 CONNECTIONS = 32
+READS = 3
 CHUNK_BYTES = 1 << 18
 
 
@@ -190,7 +191,11 @@ class Bucket:
     def list(self) -> list[Object]:
         with self._explained():
             blobs = self._client.list_blobs(
-                self._bucket, prefix=self._prefix, delimiter="/", retry=google.retry(), timeout=READ_SECONDS
+                self._bucket,
+                prefix=self._prefix,
+                delimiter="/",
+                retry=google.retry(),
+                timeout=google.READ_SECONDS,
             )
             return [
                 Object(
@@ -208,21 +213,29 @@ class Bucket:
 
     def read(self, name: str) -> bytes:
         from google.cloud.exceptions import NotFound
+        from google.cloud.storage.exceptions import DataCorruption
 
+        options = {"retry": google.retry(), "timeout": google.READ_SECONDS}
         with self._explained():
-            try:
-                return cast(
-                    bytes, self._blob(name).download_as_bytes(retry=google.retry(), checksum="crc32c")
-                )
-            except NotFound:
-                # A missing bucket is a 404 just as a missing object is.
-                next(iter(self._client.list_blobs(self._bucket, max_results=1, retry=google.retry())), None)
-                raise FileNotFoundError(f"{self.url}/{name}") from None
+            for _ in range(READS):
+                try:
+                    return cast(bytes, self._blob(name).download_as_bytes(checksum="crc32c", **options))
+                except DataCorruption:
+                    continue
+                except NotFound:
+                    # A missing bucket is a 404 just as a missing object is.
+                    next(iter(self._client.list_blobs(self._bucket, max_results=1, **options)), None)
+                    raise FileNotFoundError(f"{self.url}/{name}") from None
+        raise TransientError(f"{self.url}/{name} does not match its checksum, {READS} times read")
 
     def write(self, name: str, content: bytes) -> None:
         with self._explained():
             self._blob(name).upload_from_string(
-                content, "application/octet-stream", checksum="crc32c", retry=google.retry()
+                content,
+                "application/octet-stream",
+                checksum="crc32c",
+                retry=google.retry(),
+                timeout=google.READ_SECONDS,
             )
 
     def upload(self, name: str, file: Path) -> None:
@@ -235,7 +248,7 @@ class Bucket:
         from google.cloud.exceptions import NotFound
 
         with self._explained(), contextlib.suppress(NotFound):
-            self._blob(name).delete(retry=google.retry())
+            self._blob(name).delete(retry=google.retry(), timeout=google.READ_SECONDS)
 
     def fetch(self, obj: Object, offset: int, into: Sequence[memoryview], progress: Progress) -> None:
         import requests
@@ -252,7 +265,7 @@ class Bucket:
                 # Identity: a body that the server compresses has other offsets.
                 headers={"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"},
                 stream=True,
-                timeout=(CONNECT_SECONDS, READ_SECONDS),
+                timeout=(CONNECT_SECONDS, google.READ_SECONDS),
             )
             with response:
                 self._check(response, obj, where)
@@ -260,6 +273,8 @@ class Bucket:
         except (requests.RequestException, urllib3.exceptions.HTTPError, TransportError, OSError) as e:
             raise TransientError(f"{where}: {google.first_line(e)}") from None
         except GoogleAuthError as e:
+            if google.is_passing(e):
+                raise TransientError(f"{where}: no credentials now: {google.first_line(e)}") from None
             raise UserError(google.refused(where, e)) from None
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
@@ -272,7 +287,10 @@ class Bucket:
         if status in (401, 403):
             raise UserError(google.denied(where, status, ROLES))
         if status == 404:
-            blob = self._bucket.get_blob(self._prefix + obj.name, retry=google.retry())
+            with self._explained():
+                blob = self._bucket.get_blob(
+                    self._prefix + obj.name, retry=google.retry(), timeout=google.READ_SECONDS
+                )
             raise _gone(self.url, obj) if blob is None else _replaced(self.url, obj)
         generation = response.headers.get("x-goog-generation")
         if generation is not None and int(generation) != obj.generation:
@@ -311,7 +329,7 @@ def _client() -> "Client":
     from google.cloud import storage
 
     try:
-        return storage.Client()
+        return cast("Client", google.client())
     except DefaultCredentialsError as e:
         if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
             raise ValueError(f"GOOGLE_APPLICATION_CREDENTIALS: {google.first_line(e)}") from None
