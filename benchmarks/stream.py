@@ -101,6 +101,8 @@ def rates(folder: Path, rounds: int, count: int) -> None:
     print(
         f"bucket ÷ folder, images/s: {median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); at least 0.9"
     )
+    cost = median(r["cpu_ms"] for r in found["folder"]) / median(r["cpu_ms"] for r in found["bucket"])
+    print(f"by this process's CPU time: {cost:.3f} (the server takes its share of the same cores)")
     print(f"fetched ÷ used: {median(r['data/fetched_per_used'] for r in found['bucket']):.4f}; at most 1.02")
 
 
@@ -204,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=8192)
+    parser.add_argument("--images", type=int, default=20480)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency", type=float, default=0.03, help="seconds to the first byte")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)

@@ -21,8 +21,9 @@ from trainer.data.request import Request
 from trainer.data.storage import AbandonedError
 from trainer.data.table import Dataset
 
-GAP_BYTES = 16 << 10
-"""Unwanted bytes that are read along rather than asked for around: what a container puts between records."""
+GAP_BYTES, GAP_RECORDS = 4 << 10, 2
+"""What is read along rather than asked for around: a container's own bytes, and up to two unwanted records,
+which a run that begins or ends amid a window has many of."""
 RANGE_BYTES = 16 << 20
 LOOKAHEAD_BATCHES = 64
 REREADS = 4
@@ -228,7 +229,7 @@ class Reader:
         rows = self._dataset.records[records]
         offsets, ends = rows["offset"].astype(np.int64), (rows["offset"] + rows["length"]).astype(np.int64)
         apart = np.diff(self._dataset.shard(records)) != 0
-        apart |= offsets[1:] - ends[:-1] > GAP_BYTES
+        apart |= offsets[1:] - ends[:-1] > np.maximum(GAP_RECORDS * (ends - offsets)[:-1], GAP_BYTES)
         apart |= offsets[1:] // RANGE_BYTES != offsets[:-1] // RANGE_BYTES
         if self._blocks is not None:
             apart |= np.diff(np.searchsorted(self._blocks, records, side="right")) != 0

@@ -20,7 +20,7 @@ from trainer.data.storage import Object, Store, open_store
 MANIFEST, RECORDS = "manifest.json", "records.npy"
 VERSION = 1
 BLOCK_BYTES = 4 << 20
-LEAST_BLOCKS = 4096
+LEAST_BLOCKS = 512
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
 """One record: the bytes [offset, offset + length) of its shard, framing included, hold the encoded image;
 crc32c (RFC 3720, appendix B.4) is of the image without framing."""
