@@ -145,6 +145,15 @@ def test_a_picture_stands_upright_whatever_its_orientation(format: str, orientat
     np.testing.assert_array_equal(crop, by_hand(expected, 5, 64))
 
 
+def test_the_orientation_outlasts_the_xmp_that_follows_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = jpeg(exif=exif, xmp=b"<x/>")
+    assert stored.index(b"Exif") < stored.index(b"ns.adobe.com")
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
+    assert np.array_equal(decode(stored), np.asarray(expected))
+
+
 def test_bytes_may_come_in_any_buffer() -> None:
     content = jpeg()
     for same in (bytearray(content), memoryview(content), np.frombuffer(content, np.uint8)):

@@ -87,14 +87,6 @@ def decode(encoded: Encoded) -> np.ndarray:
     return _upright(pixels, header.orientation)
 
 
-def random_resized_crop(
-    image: np.ndarray, draw: np.random.Generator, augment: AugmentConfig, size: int
-) -> np.ndarray:
-    """(size, size, 3) uint8 from (height, width, 3) uint8, as torchvision.transforms.RandomResizedCrop."""
-    height, width = image.shape[:2]
-    return _resized(image, crop_box(height, width, draw, augment), size, antialias=augment.antialias)
-
-
 def crop_box(height: int, width: int, draw: np.random.Generator, augment: AugmentConfig) -> Box:
     """A random box of an image (Szegedy et al. 2014), as torchvision draws it.
 
@@ -228,16 +220,17 @@ def _jpeg_header(encoded: memoryview) -> _JpegHeader | None:
     """The header of a JPEG of 8 bits in grey or three colours; None for all else."""
     if encoded[:2] != b"\xff\xd8":
         return None
-    at, orientation = 2, 1
+    at = 2
+    orientation: int | None = None
     while at + 10 <= len(encoded) and encoded[at] == 0xFF:
         marker, length = encoded[at + 1], encoded[at + 2] << 8 | encoded[at + 3]
-        if marker == 0xE1:
+        if marker == 0xE1 and orientation is None and encoded[at + 4 : at + 10] == b"Exif\0\0":  # not XMP
             orientation = _orientation(bytes(encoded[at + 4 : at + 2 + length]))
         elif 0xC0 <= marker <= 0xC2:
             precision, height, width, components = struct.unpack_from(">BHHB", encoded, at + 4)
             if precision != 8 or components not in (1, 3) or not 0 < height * width <= _MAX_PIXELS:
                 return None
-            return _JpegHeader(height, width, at + 5, marker != 0xC2, orientation)
+            return _JpegHeader(height, width, at + 5, marker != 0xC2, orientation or 1)
         elif marker >= 0xC0 and marker <= 0xCF and marker != 0xC4:
             return None
         at += 2 + length
