@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -111,6 +112,14 @@ def test_an_example_without_a_label_is_refused_with_what_it_has():
         example.find(record)
 
 
+@pytest.mark.parametrize(("images", "count"), [([], "no"), ([b"x", b"y"], "2")])
+def test_an_example_of_no_one_image_is_refused(images, count):
+    values = b"".join(example._field(1, image) for image in images)
+    features = example._feature(b"image", 1, values) + example._feature(b"label", 3, b"\x08\x07")
+    with pytest.raises(ValueError, match=f"image/encoded holds {count} images"):
+        example.find(example._field(1, features))
+
+
 @pytest.mark.parametrize("record", [b"hello", b"\x0a\xff", b"\x0b", b"\xff" * 12])
 def test_what_is_no_example_is_refused(record):
     with pytest.raises(ValueError, match=r"no tf\.train\.Example"):
@@ -177,6 +186,16 @@ def test_an_array_record_with_a_damaged_chunk_header_is_refused_at_the_byte(tmp_
     content = bytearray(array_records(tmp_path / "a", records))
     content[24 + 40 + 24] = ord("?")  # the kind of the second chunk, after a frame and the signature
     assert "byte 104 begins no chunk" in refusal(array_record, bytes(content))
+
+
+@pytest.mark.parametrize("size", [0, 10, 1 << 20, 1 << 40, (1 << 64) - 1])
+@pytest.mark.parametrize("kind", [b"r", b"p"])
+def test_an_array_record_with_a_damaged_chunk_size_is_refused_at_the_byte(tmp_path: Path, kind, size):
+    content = bytearray(array_records(tmp_path / "a", [example.write(os.urandom(1000), 0)] * 3))
+    at = 24 + 40  # the header of the first record's chunk, after a frame and the signature
+    content[at + 8 : at + 16] = struct.pack("<Q", size)
+    content[at + 24 : at + 25] = kind
+    assert re.search("byte [0-9]+", refusal(array_record, bytes(content)))
 
 
 @pytest.mark.parametrize("offset", [2, 3, 9, 15, 39])
@@ -290,6 +309,12 @@ def test_a_tar_that_ends_at_a_sample_without_the_end_mark_is_refused():
             [("1.jpg", b"x"), ("1.png", b"x"), ("1.cls", b"1")],
             "sample '1' has 2 images (it holds jpg, png, cls)",
         ),
+        (
+            [("1.jpg", b"x"), ("1.JPG", b"x"), ("1.cls", b"1")],
+            "sample '1' has 2 images (it holds jpg, jpg, cls)",
+        ),
+        ([("1.jpg", b"x"), ("1.json", b'{"label": 2.7}')], "sample '1': its label is no whole number"),
+        ([("1.jpg", b"x"), ("1.json", b'{"label": true}')], "sample '1': its label is no whole number"),
         ([("1.jpg", b"x"), ("1.cls", b"cat")], "sample '1': its label is no whole number"),
         ([("1.jpg", b"x"), ("1.json", b'{"caption": ""}')], "sample '1': its label is no whole number"),
     ],

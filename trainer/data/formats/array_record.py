@@ -28,11 +28,19 @@ def scan(file: BinaryIO) -> Iterator[Entry]:
         size, type_and_count, decoded_size = _CHUNK.unpack(_read(file, at, _CHUNK.size))
         kind, num_records = chr(type_and_count & 0xFF), type_and_count >> 8
         at += _CHUNK.size
+        if size > stop - at:
+            raise ValueError(
+                f"the chunk at byte {_framed(at):,} has {size:,} bytes by its header: it is damaged"
+            )
         if kind == "r":
             chunk = _read(file, at, size)
-            if num_records != 1 or chunk[0]:
+            if num_records != 1 or chunk[:1] != b"\0":
                 what = f"{num_records} records in a chunk" if num_records != 1 else "compressed records"
                 raise ValueError(f"it has {what} (byte {_framed(at):,}); write it anew with {OPTIONS}")
+            if decoded_size > size:
+                raise ValueError(
+                    f"the chunk at byte {_framed(at):,} is shorter than its record: it is damaged"
+                )
             yield _entry(chunk[size - decoded_size :], at + size - decoded_size)
         elif kind not in "smp":  # signature, metadata, padding
             raise ValueError(f"byte {_framed(at):,} begins no chunk that {OPTIONS} writes; is it damaged?")
@@ -44,8 +52,6 @@ def _entry(record: bytes, at: int) -> Entry:
         start, stop, label = example.find(record)
     except ValueError as e:
         raise ValueError(f"the record at byte {_framed(at):,}: {e}") from None
-    if start == stop:
-        raise ValueError(f"the record at byte {_framed(at):,}: its image is empty")
     offset = _framed(at + start)
     return Entry(offset, _framed(at + stop - 1) + 1 - offset, label, record[start:stop])
 

@@ -22,14 +22,15 @@ class Found(NamedTuple):
 
 
 def find(record: bytes) -> Found:
-    """The image and the label of an Example. Raises ValueError where there is none."""
+    """The image and the label of an Example. Raises ValueError where there is not one of each."""
     spans = dict(_features(record))
     image, label = _first(spans, IMAGE_KEYS), _first(spans, LABEL_KEYS)
-    for number, _, start, stop in _fields(record, *image):
-        if number == 1:  # a list of bytes
-            for _, _, a, b in _fields(record, start, stop):
-                return Found(a, b, _integer(record, *label))
-    raise ValueError(f"{IMAGE_KEYS[0].decode()} holds no bytes")
+    lists = [span for number, _, *span in _fields(record, *image) if number == 1]  # of bytes
+    images = [span for a, b in lists for _, _, *span in _fields(record, a, b)]
+    if len(images) != 1:
+        raise ValueError(f"{IMAGE_KEYS[0].decode()} holds {len(images) or 'no'} images")
+    ((start, stop),) = images
+    return Found(start, stop, _integer(record, *label))
 
 
 def write(image: bytes, label: int, *, text: str | None = None, filename: str | None = None) -> bytes:

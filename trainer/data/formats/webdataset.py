@@ -22,7 +22,7 @@ def scan(file: BinaryIO) -> Iterator[Entry]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             files = (m for m in tar if m.isfile() and not m.name.rpartition("/")[2].startswith("."))
             for key, members in groupby(files, key=lambda member: _split(member.name)[0]):
-                yield _sample(file, key, {_split(m.name)[1]: m for m in members})
+                yield _sample(file, key, list(members))
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all
             _check_end(file, tar.offset)
     except tarfile.TarError as e:
@@ -36,11 +36,12 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _sample(file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]) -> Entry:
-    images = [m for extension, m in members.items() if extension in IMAGES]
+def _sample(file: BinaryIO, key: str, members: list[tarfile.TarInfo]) -> Entry:
+    extensions = [_split(m.name)[1] for m in members]
+    images = [m for extension, m in zip(extensions, members, strict=True) if extension in IMAGES]
     if len(images) != 1:
-        raise ValueError(f"sample {key!r} has {len(images)} images (it holds {', '.join(members)})")
-    label = _label(file, key, members)
+        raise ValueError(f"sample {key!r} has {len(images)} images (it holds {', '.join(extensions)})")
+    label = _label(file, key, dict(zip(extensions, members, strict=True)))
     return Entry(images[0].offset_data, images[0].size, label, _read(file, images[0]))
 
 
@@ -50,7 +51,10 @@ def _label(file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]) -> int
             return int(_read(file, members["cls"]))
         if "json" in members:
             fields = json.loads(_read(file, members["json"]))
-            return int(fields["label"] if "label" in fields else fields["cls"])
+            label = fields["label"] if "label" in fields else fields["cls"]
+            if type(label) in (int, str):  # int() would take 2.7 and true, too
+                return int(label)
+            raise TypeError
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"sample {key!r}: its label is no whole number") from None
     raise ValueError(f"sample {key!r} has no label: neither .cls nor .json (it holds {', '.join(members)})")

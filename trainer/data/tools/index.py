@@ -56,12 +56,15 @@ def index(
     records = np.concatenate([one.records for one in ordered])
     if not len(records):
         raise UserError(f"{source}: the {len(shards)} shards hold no records")
+    classes = before.classes if before else None
+    if classes is not None and records["label"].max() >= len(classes):
+        classes = None  # of other shards
     return publish(
         home,
         format=name,
         shards=[one.shard for one in ordered],
         records=records,
-        classes=before.classes if before else None,
+        classes=classes,
         base=base,
     )
 
@@ -86,6 +89,8 @@ def _scan(url: str, format_name: str, first_label: int, numbered: tuple[int, Obj
     with opened(store, obj) as (file, crc):
         try:
             for entry in FORMATS[format_name].scan(file):
+                if not entry.image:
+                    raise ValueError(f"record {len(rows)} (byte {entry.offset:,}): its image is empty")
                 try:
                     label = from_zero(entry.label, first_label)
                 except ValueError as e:
