@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 from PIL import Image
 
 from configs.errors import UserError
 from tests.gcs import Fault
 from tests.trainer.datasets import jpegs, write_tfrecord
-from trainer.data.formats import FORMATS, example
+from trainer.data.formats import FORMATS, array_record, example
 from trainer.data.table import MANIFEST, Dataset, open_dataset
 from trainer.data.tools import convert as tool
 from trainer.data.tools import inputs, parallel
@@ -204,6 +205,14 @@ def test_converted_shards_are_indexed_to_the_same_table(folder: Path, tmp_path: 
     assert indexed(tmp_path / "out") == converted
 
 
+def test_class_names_are_not_kept_for_labels_beyond_them(folder: Path, tmp_path: Path):
+    convert(folder, tmp_path / "out")
+    (tmp_path / "out" / "00000-00.array_record").unlink()
+    two_shards("tfrecord", tmp_path / "out", LABELS)
+    assert indexed(tmp_path / "out").classes is None
+    assert len(open_dataset(str(tmp_path / "out"))) == 30
+
+
 def test_a_pattern_takes_one_split_of_a_folder(tmp_path: Path):
     expected = two_shards("tfrecord", tmp_path / "in", LABELS)
     write_tfrecord(tmp_path / "in" / "x-validation.tfrecord-00000-of-00001", IMAGES[:3], [9, 9, 9])
@@ -235,6 +244,26 @@ def test_a_label_below_0_is_refused_with_its_record(make, tmp_path: Path):
     ):
         make(tmp_path / "in", tmp_path / "out", first_label=1)
     assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "webdataset", "array_record"])
+def test_an_empty_image_is_refused_with_its_record(kind: str, tmp_path: Path):
+    images = [*IMAGES[:2], b""]
+    if kind == "array_record":
+        writer = ArrayRecordWriter(str(tmp_path / "in.array_record"), array_record.OPTIONS)
+        for image in images:
+            writer.write(example.write(image, 0))
+        writer.close()
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in.array_record").rename(tmp_path / "in" / "a.array_record")
+    else:
+        WRITERS[kind][1](tmp_path / "in" / WRITERS[kind][0].format(0), images, [0, 0, 0])
+    with pytest.raises(UserError, match=r"record 2 \(byte [0-9,]+\): its image is empty"):
+        indexed(tmp_path / "in")
+    assert not (tmp_path / "in" / MANIFEST).exists()
+    if kind != "array_record":
+        with pytest.raises(UserError, match="/2 is no image by its content"):
+            convert(tmp_path / "in", tmp_path / "out", kind)
 
 
 def test_class_names_come_from_hugging_faces_schema(tmp_path: Path):
@@ -400,6 +429,22 @@ def test_only_the_same_conversion_goes_on(many: Path, tmp_path: Path):
         convert(many, tmp_path / "out", shard_mib=1)
 
 
+def test_a_damaged_part_is_written_anew_and_a_damaged_journal_refused(many: Path, tmp_path: Path):
+    kill_conversion(many, str(tmp_path / "out"), tmp_path / "convert.py", jobs=1, parts=2)
+    part = min((tmp_path / "out").glob("*.part"))
+    part.write_bytes(part.read_bytes()[:100])
+    journal = tmp_path / "out" / tool.JOURNAL
+    before = journal.read_bytes()
+    for damaged in (before[:50], b"3"):
+        journal.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"out/convert.json is damaged; give an empty"):
+            convert(many, tmp_path / "out", shard_mib=1)
+    journal.write_bytes(before)
+    convert(many, tmp_path / "out", shard_mib=1)
+    convert(many, tmp_path / "whole", shard_mib=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_conversion_that_has_written_nothing_may_begin_anew(folder: Path, tmp_path: Path):
     (folder / "cat" / "29.JPEG").write_bytes(b"no image")
     with pytest.raises(UserError, match="no image"):
@@ -456,6 +501,21 @@ def test_a_folder_of_other_things_is_refused_by_name(folder: Path, tmp_path: Pat
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
+@pytest.mark.parametrize("name", ["cat/\udcff.jpg", "d\udcffg/a.jpg", "cat/\udcff.tfrecord"])
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_written(
+    name: str, folder: Path, tmp_path: Path
+):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(IMAGES[0])
+    is_shard = name.endswith(".tfrecord")
+    with pytest.raises(UserError, match=r"udcff.*: the name is not UTF-8; rename it") as e:
+        convert(folder / "cat", tmp_path / "out", "tfrecord") if is_shard else convert(
+            folder, tmp_path / "out"
+        )
+    assert str(e.value).isascii()
+    assert not (tmp_path / "out").exists()
+
+
 def test_places_that_cannot_be_are_refused(folder: Path, tmp_path: Path, gcs):
     (tmp_path / "empty").mkdir()
     (tmp_path / "flat").mkdir()
@@ -482,6 +542,7 @@ def test_places_that_cannot_be_are_refused(folder: Path, tmp_path: Path, gcs):
         with pytest.raises(UserError, match=reason):
             attempt()
     assert not (tmp_path / "x" / MANIFEST).exists()
+    assert [p.name for p in (tmp_path / "flat").iterdir()] == ["a.jpg"]
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -568,3 +629,19 @@ def test_the_contact_sheet_shows_the_images(folder: Path, tmp_path: Path):
         with Image.open(io.BytesIO(first)) as image:
             tile = np.asarray(sheet.crop((0, 0, 128, 128)).resize((64, 64))).astype(int)
             assert np.abs(tile - np.asarray(image)).mean() < 4
+
+
+@pytest.mark.parametrize("how", ["its crc32c is", "it does not decode"])
+def test_the_contact_sheet_names_a_record_that_is_bad(folder: Path, tmp_path: Path, how: str):
+    if how == "it does not decode":
+        for file in folder.glob("*/*"):
+            file.write_bytes(b"BM" + bytes(500))
+    convert(folder, tmp_path / "out")
+    dataset = open_dataset(str(tmp_path / "out"))
+    if how == "its crc32c is":
+        with (tmp_path / "out" / "00000-00.array_record").open("r+b") as f:
+            f.seek(int(dataset.records["offset"][0]))
+            f.write(b"?")
+    with pytest.raises(UserError, match=rf"00000-00.array_record, record 0 \(bytes .*\): {how}"):
+        write_sheet(open_dataset(str(tmp_path / "out")), tmp_path / "sheet.png", 3)
+    assert not (tmp_path / "sheet.png").exists()

@@ -82,8 +82,12 @@ def convert(
         seed=settings.seed,
     )
     home = open_store(destination)
+    journal = _journal(source, settings, listing)
+    _begun(home, journal)  # what is refused is left without a lock
     with _locked(destination) as scratch:
-        objects = _begun(home, _journal(source, settings, listing))
+        objects = _begun(home, journal)
+        if not objects:
+            home.write(JOURNAL, json.dumps(journal, indent=1, ensure_ascii=False).encode())
         if MANIFEST in objects:
             manifest = parse_manifest(home.read(MANIFEST), destination)
         else:
@@ -248,20 +252,22 @@ def _journal(source: str, settings: Settings, listing: Listing) -> dict[str, Any
 
 
 def _begun(home: Store, journal: dict[str, Any]) -> dict[str, Object]:
-    """What is at the destination, where this conversion may go on; begins it where there is nothing."""
+    """What is at the destination, where this conversion may begin (then nothing) or go on."""
     objects = {obj.name: obj for obj in _objects(home)}
     if objects.keys() <= {JOURNAL}:
-        home.write(JOURNAL, json.dumps(journal, indent=1, ensure_ascii=False).encode())
         return {}
     if JOURNAL not in objects:
         what = "holds a dataset already" if MANIFEST in objects else f"is not empty ({min(objects)}, …)"
         raise UserError(f"{home.url} {what}; give an empty folder or prefix")
-    begun = json.loads(home.read(JOURNAL))
+    try:
+        begun = dict(json.loads(home.read(JOURNAL)))
+    except (ValueError, TypeError):
+        raise UserError(f"{home.url}/{JOURNAL} is damaged; give an empty folder or prefix") from None
     changed = [key for key in journal if begun.get(key) != journal[key]]
     if changed:
         state = "a conversion" if MANIFEST in objects else "an unfinished conversion"
         raise UserError(
-            f"{home.url} holds {state} of {begun['source']} that differs in {', '.join(changed)}; "
+            f"{home.url} holds {state} of {begun.get('source')} that differs in {', '.join(changed)}; "
             "undo that, or give an empty folder or prefix"
         )
     return objects
@@ -281,12 +287,15 @@ def _part_name(number: int) -> str:
 
 
 def _finished(home: Store, objects: dict[str, Object]) -> Iterator[Written]:
-    """Parts whose shards are there as they were written."""
+    """Parts whose shards are there as they were written; one whose rows are damaged is written anew."""
     for name in (name for name in objects if name.endswith(".part")):
-        fields = json.loads(home.read(name))
-        shards = tuple(Shard(**shard) for shard in fields["shards"])
-        if all(s.name in objects and objects[s.name].size == s.size for s in shards):
+        try:
+            fields = json.loads(home.read(name))
+            shards = tuple(Shard(**shard) for shard in fields["shards"])
             records = np.frombuffer(bytes.fromhex(fields["records"]), RECORD)
+        except (ValueError, TypeError, KeyError):
+            continue
+        if all(s.name in objects and objects[s.name].size == s.size for s in shards):
             yield Written(int(name.removesuffix(".part")), shards, records)
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from configs.errors import UserError
 from trainer.data.formats import FORMATS, format_of
 from trainer.data.storage import Object, open_store
-from trainer.data.tools.shards import find, opened
+from trainer.data.tools.shards import check_name, find, opened
 
 KINDS = ("imagefolder", "tfrecord", "webdataset", "parquet")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -74,7 +74,7 @@ def _kind_of(name: str) -> str | None:
 
 
 def _digest(lines: Iterator[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # Folders
@@ -125,10 +125,12 @@ def _list_folder(source: str, classes: tuple[str, ...] | None, part_bytes: int, 
 def _class_files(root: Path, name: str) -> list[tuple[str, int]]:
     """(CLASS/NAME, bytes) of the images of a class, by name."""
     files = []
+    check_name(str(root.resolve() / name))
     with os.scandir(root / name) as entries:  # a Path for each of a million files would take seconds more
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
+            check_name(entry.path)
             if entry.is_dir():
                 raise UserError(
                     f"{entry.path} is a folder, but an imagefolder is {root}/CLASS/IMAGE; "

@@ -37,7 +37,17 @@ def find(url: str) -> tuple[Store, list[Object]]:
     objects = [obj for obj in store.list() if fnmatchcase(obj.name, pattern)]
     if not objects:
         raise UserError(f"{folder} is empty" if pattern == "*" else f"{url}: nothing has such a name")
+    for obj in objects:
+        check_name(f"{folder}/{obj.name}")
     return store, objects
+
+
+def check_name(path: str) -> None:
+    """Raises UserError where a name could not be written into a dataset."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path!a}: the name is not UTF-8; rename it") from None
 
 
 def place(url: str) -> str:

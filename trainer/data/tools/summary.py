@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from configs.errors import UserError
 from trainer.data.fetch import Fetcher
 from trainer.data.formats import FORMATS
 from trainer.data.request import Request
 from trainer.data.table import Dataset
+from trainer.data.tools.verify import fault
 from trainer.grid import captioned_grid
 
 TILE = 128
@@ -50,12 +52,19 @@ def summarize(dataset: Dataset) -> Summary:
 
 
 def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
-    """Draw `count` images, taken at even distances, with their classes, as PNG; how many there were."""
+    """Draw `count` images, taken at even distances, with their classes, as PNG; how many there were.
+
+    Raises UserError where one is damaged.
+    """
     from trainer.data.images import decode
 
     chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(np.int64))
     tiles, captions = [], []
     for index, encoded in zip(chosen, _read(dataset, chosen), strict=True):
+        if reason := fault(encoded, int(dataset.records["crc32c"][index]), decode=True):
+            raise UserError(
+                f"{dataset.where(int(index))}: {reason}; `launch data verify` names all that are bad"
+            )
         label = int(dataset.records["label"][index])
         classes = dataset.manifest.classes
         captions.append((classes[label] if classes else str(label))[:CAPTION_CHARACTERS])

@@ -62,7 +62,7 @@ def _verify_shard(decode: bool, task: _ShardOf) -> tuple[int, int, list[Bad]]:
             inner = _request(store, task, rows[i], rows[i])
             start = inner.payload_offset_in(outer)
             image = payload[start : start + inner.payload_bytes()].tobytes()
-            if reason := _fault(image, int(rows["crc32c"][i]), decode):
+            if reason := fault(image, int(rows["crc32c"][i]), decode):
                 bad.append(Bad(task.obj.name, i, inner.offset, reason))
     return len(rows), task.obj.size, bad
 
@@ -83,7 +83,8 @@ def _request(store: Store, task: _ShardOf, first: np.void, last: np.void) -> Req
     return Request(store, task.obj, offset, end - offset, FORMATS[task.format].FRAMING)
 
 
-def _fault(image: bytes, crc32c: int, decode: bool) -> str | None:
+def fault(image: bytes, crc32c: int, decode: bool) -> str | None:
+    """What is bad of an image, if anything."""
     actual = google_crc32c.value(image)
     if actual != crc32c:
         return f"its crc32c is {actual:08x}, not {crc32c:08x}"
