@@ -1,5 +1,6 @@
 """Opening a dataset: what is not what its manifest says is refused in one line that names it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,19 @@ def refused(url: str) -> str:
 
 def test_a_folder_that_is_not_there_or_empty(tmp_path: Path) -> None:
     assert refused(str(tmp_path / "no")) == f"{tmp_path}/no: there is no such folder"
-    assert "is empty; `launch data convert`" in refused(str(tmp_path))
+    assert "is empty: no files lie directly in it" in refused(str(tmp_path))
+
+
+def test_a_folder_that_has_only_splits_is_told_to_be_none(tmp_path: Path, gcs: cloud.Server) -> None:
+    datasets.write(tmp_path / "train", IMAGES)
+    gcs.put_folder(tmp_path / "train", "d/train/")
+    for url in (str(tmp_path), f"gs://{cloud.BUCKET}/d"):
+        assert "no files lie directly in it; name the folder of one split" in refused(url)
 
 
 def test_a_bucket_that_is_not_there_or_empty_or_closed(gcs: cloud.Server) -> None:
     assert refused("gs://nowhere/x").startswith("gs://nowhere/x: there is no bucket nowhere; make it with")
-    assert "is empty; `launch data convert`" in refused(f"gs://{cloud.BUCKET}/x")
+    assert "is empty: no files lie directly in it" in refused(f"gs://{cloud.BUCKET}/x")
     assert "names no bucket" in refused("gs://")
     gcs.faults.append(cloud.Fault("status", operation="*", status=403))
     assert "no permission (HTTP 403); give them the role Storage Object Viewer" in refused(
@@ -73,6 +81,40 @@ def test_a_manifest_that_is_none(content: str, tmp_path: Path) -> None:
     datasets.write(tmp_path, IMAGES)
     (tmp_path / "manifest.json").write_text(content)
     assert "manifest.json" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (["format"], "zip", "format 'zip' is none of array_record, tfrecord, webdataset"),
+        (["format"], ["zip"], "cannot be read"),
+        (["shards", 0, "size"], "x", "is none of a name and three numbers"),
+        (["shards", 0, "num_records"], 14.0, "is none of a name and three numbers"),
+        (["shards", 0, "crc32c"], None, "is none of a name and three numbers"),
+        (["shards", 0, "name"], 3, "is none of a name and three numbers"),
+        (["classes"], list(range(40)), "classes and base are no text"),
+        (["base"], 3, "classes and base are no text"),
+        (["classes"], ["a"] * 39, "names 39 classes, but records.npy has the label 39"),
+    ],
+)
+def test_a_manifest_with_a_field_that_cannot_be(
+    path: list[str | int], value: object, told: str, tmp_path: Path
+) -> None:
+    datasets.write(tmp_path, IMAGES)
+    fields = json.loads((tmp_path / "manifest.json").read_text())
+    *parents, last = path
+    inner = fields
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    assert told in refused(str(tmp_path))
+
+
+def test_rows_in_two_dimensions(tmp_path: Path) -> None:
+    datasets.write(tmp_path, IMAGES)
+    np.save(tmp_path / "records.npy", np.load(tmp_path / "records.npy")[:, None])
+    assert "records.npy is not that of manifest.json" in refused(str(tmp_path))
 
 
 def test_rows_of_another_manifest(tmp_path: Path) -> None:
@@ -146,7 +188,7 @@ def test_labels_beyond_the_networks_classes(tmp_path: Path) -> None:
 def test_splits_that_name_their_classes_differently(tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(10)]
     datasets.write(tmp_path / "a", IMAGES, LABELS, classes=names)
-    datasets.write(tmp_path / "b", IMAGES, LABELS, classes=[*names[:4], *names[5:]])
+    datasets.write(tmp_path / "b", IMAGES, LABELS, classes=[*names[:4], *names[5:], "class 10"])
     message = told(recipe(tmp_path / "a", tmp_path / "b"))
     assert "label 4 is 'class 4' in one, 'class 5' in the other" in message
     assert "--classes" in message

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from configs.errors import UserError
+from trainer.data.formats import FORMATS
 from trainer.data.storage import Object, Store, open_store
 
 MANIFEST, RECORDS = "manifest.json", "records.npy"
@@ -142,10 +143,17 @@ def open_dataset(url: str) -> Dataset:
         records = np.empty(0)
     if (
         records.dtype != RECORD
+        or records.ndim != 1
         or _sha256(records) != manifest.records_sha256
         or len(records) != manifest.num_examples
     ):
         raise UserError(f"{url}/{RECORDS} is not that of {MANIFEST}; run `launch data index` on the shards")
+    last = int(records["label"].max(initial=-1))
+    if manifest.classes is not None and last >= len(manifest.classes):
+        raise UserError(
+            f"{url}/{MANIFEST} names {len(manifest.classes)} classes, but {RECORDS} has the label {last}; "
+            "remove both, then run `launch data index`"
+        )
     store = open_store(manifest.base) if manifest.base else home
     listed = {obj.name: obj for obj in store.list()}
     objects = tuple(_found(shard, listed, store.url) for shard in manifest.shards)
@@ -163,15 +171,30 @@ def parse_manifest(content: bytes, url: str) -> Manifest:
         if fields.get("version") != VERSION:
             raise UserError(
                 f"{url}/{MANIFEST} has version {fields.get('version')}; this podlaunch reads {VERSION}: "
-                "run `launch data index` on the shards"
+                "remove it, then run `launch data index` on the shards"
             )
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
         fields["classes"] = tuple(fields["classes"]) if fields["classes"] is not None else None
-        return Manifest(**fields)
+        manifest = Manifest(**fields)
+        _check_types(manifest)
+        return manifest
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"{url}/{MANIFEST} cannot be read ({e}); run `launch data index`") from None
+        raise UserError(
+            f"{url}/{MANIFEST} cannot be read ({e}); remove it, then run `launch data index`"
+        ) from None
+
+
+def _check_types(manifest: Manifest) -> None:
+    if manifest.format not in FORMATS:
+        raise ValueError(f"format {manifest.format!r} is none of {', '.join(FORMATS)}")
+    for shard in manifest.shards:
+        numbers = (shard.size, shard.crc32c, shard.num_records)
+        if not isinstance(shard.name, str) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise TypeError(f"{shard} is none of a name and three numbers")
+    if not all(isinstance(text, str) for text in (*(manifest.classes or ()), manifest.base or "")):
+        raise TypeError("classes and base are no text")
 
 
 def _found(shard: Shard, listed: dict[str, Object], url: str) -> Object:
@@ -196,7 +219,10 @@ def _without_manifest(home: Store) -> str:
     """Why there is nothing to read at a place, and what to do."""
     names = [obj.name for obj in home.list()]
     if not names:
-        return f"{home.url} is empty; `launch data convert` fills it"
+        return (
+            f"{home.url} is empty: no files lie directly in it; name the folder of one split, "
+            "or fill it with `launch data convert`"
+        )
     return (
         f"{home.url} holds {len(names)} objects ({names[0]}, …) but no {MANIFEST}: write it with "
         "`launch data index` for shards, or convert your images with `launch data convert`"
