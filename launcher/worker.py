@@ -114,11 +114,15 @@ def main() -> None:
     faulthandler.enable()
     if "--exit-with-stdin" in sys.argv[1:]:
         threading.Thread(target=_exit_with_stdin, name="lifeline", daemon=True).start()
-    code = _work()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: at exit jax waits 60 s and more for peers that a failure has already taken.
-    os._exit(code)
+    code = 1
+    try:
+        code = _work()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        # Not sys.exit: at exit jax waits 60 s and more for peers that a failure has already taken.
+        # Always: a log that cannot be written, as on a full disk, would leave this process waiting there.
+        os._exit(code)
 
 
 def _exit_with_stdin() -> None:
@@ -142,12 +146,12 @@ def _work() -> int:
         reporter = Reporter(run, member)
         return _train(plan, member, reporter)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
         _tell(reporter, e, retryable=False)
+        print(f"error: {e}", file=sys.stderr)
         return 2
     except Exception as e:  # noqa: BLE001 (the outermost layer: the failure is told before the process leaves)
-        traceback.print_exc()
         _tell(reporter, e, retryable=getattr(e, "retryable", True))
+        traceback.print_exc()
         return 1
 
 

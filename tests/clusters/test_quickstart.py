@@ -60,7 +60,7 @@ def test_the_output_reads_from_plan_to_last_block_without_control_characters(qui
     plan, progress, last_block = text.split("starting …")[0], *text.split("starting …")[1].split("\n\n")
     assert "701,466 parameters" in plan
     assert str(run.path) in plan
-    line = r"step \d+/90  epoch [\d.]+/[\d.]+  loss [\d.]+  accuracy [\d.]+%  [\d,]+ images/s  data wait \d+%(?: \((?:in|com)put-bound, \d ready\))?  ETA \d+:\d\d"
+    line = r"step \d+/90  epoch [\d.]+/[\d.]+  loss [\d.]+  accuracy [\d.]+%  [\d,]+ images/s  data wait \d+%(?: \((?:input|compute)-bound, \d ready\))?  ETA \d+:\d\d"
     assert len(re.findall(line, progress)) >= 5
     assert re.search(rf"^checkpoints +{run.path}/checkpoints \(newest: step 90\)$", last_block, re.MULTILINE)
     assert re.search(rf"^look +tensorboard --logdir {run.path}/tensorboard$", last_block, re.MULTILINE)
