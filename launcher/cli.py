@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from configs.errors import UserError
-from launcher.data import data
+from launcher.data import check_datasets, data
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -144,9 +144,7 @@ def run(
     if _already_done(plan, directory):
         return
     if plan.config["data"]["source"] == "records" and plan.backend == "local":
-        from launcher import data  # elsewhere the data may be within reach of the hosts alone
-
-        data.check(plan.run_config())
+        check_datasets(plan.run_config())  # elsewhere they may be within reach of the hosts alone
     _print_plan(plan)
     for change in changes:
         click.echo(f"changed     {change}")

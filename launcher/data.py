@@ -43,7 +43,7 @@ class DataCommands(click.Group):
     command_class = DataCommand
 
 
-def check(config: "RunConfig") -> None:
+def check_datasets(config: "RunConfig") -> None:
     """Open the datasets of a run, so that what is wrong with them is told before anything is made. Raises UserError."""
     from trainer.data.records import open_datasets
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -27,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from configs import checkpoints as places
 from configs.schema import CheckpointConfig
-from trainer.data.storage import Store, open_store
+from trainer.data.storage import Store, checksum, open_store
 from trainer.mesh import wait_for_all
 from trainer.state import TrainState
 
@@ -195,12 +194,8 @@ def _checksums(step: epath.Path) -> dict[str, int]:
 
 
 def _crc32c(path: Path) -> int:
-    """Castagnoli CRC (RFC 3720, appendix B.4) of a whole file."""
-    checksum = google_crc32c.Checksum()
     with path.open("rb") as f:
-        for _ in checksum.consume(f, 1 << 20):
-            pass
-    return int.from_bytes(checksum.digest(), "big")
+        return checksum(f)
 
 
 def _write_checksums(directory: epath.Path, store: Store, step: int) -> None:

@@ -208,9 +208,8 @@ class Fetcher:
             if error is not None:
                 part.set_exception(error)
                 return
-            begin = request.payload_offset_in(block)
             # A copy, for a view would hold the whole block.
-            part.set_result(done.result()[begin : begin + request.payload_bytes()].copy())
+            part.set_result(block.part(done.result(), request).copy())
 
         fetching.add_done_callback(deliver)
         if begun:
@@ -267,7 +266,6 @@ class Fetcher:
     def _attempt(self, race: _Race) -> bool:
         """Whether this runner won."""
         request = race.request
-
         begun = time.monotonic()
         deadline = begun + READ_SECONDS + request.length / DEAD_BYTES_PER_SECOND
 

@@ -15,7 +15,6 @@ import google_crc32c
 import numpy as np
 
 from trainer.data.fetch import Fetcher
-from trainer.data.formats import FORMATS
 from trainer.data.order import Demand, WindowKey
 from trainer.data.request import Request
 from trainer.data.storage import AbandonedError
@@ -237,24 +236,13 @@ class Reader:
         return [range(a, b) for a, b in pairwise(cuts)]
 
     def _request(self, first: int, last: int) -> Request:
-        """For the records from `first` to `last`, of one shard."""
-        dataset = self._dataset
+        """For the records from `first` to `last`, with their block where blocks are cached."""
         block = None
         if self._blocks is not None:
             after = int(np.searchsorted(self._blocks, first, side="right"))
-            block = self._span(int(self._blocks[after - 1]), int(self._blocks[after]) - 1)
-        obj = dataset.objects[int(dataset.shard(np.array(first)))]
-        framing = FORMATS[dataset.manifest.format].FRAMING
-        return Request(dataset.store, obj, *self._span(first, last), framing, block)
-
-    def _span(self, first: int, last: int) -> tuple[int, int]:
-        """(offset, length) of the bytes from record `first` to record `last`."""
-        begin, end = self._dataset.records[first], self._dataset.records[last]
-        offset = int(begin["offset"])
-        return offset, int(end["offset"]) + int(end["length"]) - offset
+            block = self._dataset.span(int(self._blocks[after - 1]), int(self._blocks[after]) - 1)
+        return self._dataset.request(first, last, block)
 
     def _image(self, request: Request, payload: np.ndarray, index: int) -> np.ndarray:
         """A record's part of a range."""
-        record = self._request(index, index)
-        begin = record.payload_offset_in(request)
-        return payload[begin : begin + record.payload_bytes()]
+        return request.part(payload, self._request(index, index))

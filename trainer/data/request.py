@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from trainer.data.formats.entry import Framing
 from trainer.data.storage import Object, Store
 
@@ -24,6 +26,11 @@ class Request:
     def payload_offset_in(self, outer: "Request") -> int:
         """Where this range's payload begins in that of `outer`, which holds it."""
         return self.offset - outer.offset - headers_between(outer.offset, self.offset, self.framing)
+
+    def part(self, payload: np.ndarray, inner: "Request") -> np.ndarray:
+        """What this range's payload holds of `inner`, as a view."""
+        begin = inner.payload_offset_in(self)
+        return payload[begin : begin + inner.payload_bytes()]
 
     def whole_block(self) -> "Request":
         assert self.block is not None

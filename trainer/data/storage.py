@@ -4,7 +4,6 @@ The Google client lists, uploads and finds credentials; bodies are read over its
 costs a tenth of the client's own download path.
 """
 
-import base64
 import contextlib
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from urllib.parse import quote
+
+import google_crc32c
 
 from configs import google
 from configs.errors import UserError
@@ -101,6 +102,16 @@ def open_store(url: str) -> Store:
     if "://" in url:
         raise UserError(f"{url}: data lies in a folder or under gs://")
     return Folder(Path(url))
+
+
+def checksum(file: BinaryIO) -> int:
+    """crc32c (RFC 3720, appendix B.4) of a whole file, which is left at its beginning."""
+    file.seek(0)
+    crc = 0
+    while part := file.read(1 << 20):
+        crc = google_crc32c.extend(crc, part)
+    file.seek(0)
+    return crc
 
 
 class Folder:
@@ -202,7 +213,7 @@ class Bucket:
                     b.name.removeprefix(self._prefix),
                     b.size,
                     b.generation,
-                    int.from_bytes(base64.b64decode(b.crc32c)),
+                    google.crc32c(b),
                 )
                 for b in blobs
                 if b.name != self._prefix

@@ -16,6 +16,7 @@ import numpy as np
 
 from configs.errors import UserError
 from trainer.data.formats import FORMATS
+from trainer.data.request import Request
 from trainer.data.storage import Object, Store, open_store
 
 MANIFEST, RECORDS = "manifest.json", "records.npy"
@@ -93,6 +94,17 @@ class Dataset:
     def shard(self, indices: np.ndarray) -> np.ndarray:
         """The number of the shard that holds each record."""
         return np.searchsorted(self.first, indices, side="right") - 1
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """(offset, length) of the bytes from record `first` to record `last`, of one shard."""
+        begin, end = self.records[first], self.records[last]
+        offset = int(begin["offset"])
+        return offset, int(end["offset"]) + int(end["length"]) - offset
+
+    def request(self, first: int, last: int, block: tuple[int, int] | None = None) -> Request:
+        """What reads the records from `first` to `last`, of one shard."""
+        obj = self.objects[int(self.shard(np.array(first)))]
+        return Request(self.store, obj, *self.span(first, last), FORMATS[self.manifest.format].FRAMING, block)
 
     def where(self, index: int) -> str:
         """Names a record in words: object, number in it, bytes."""

@@ -23,12 +23,12 @@ import numpy as np
 
 from configs.errors import UserError
 from trainer.data.formats import array_record, example
-from trainer.data.storage import Object, Store, open_store
+from trainer.data.storage import Object, Store, checksum, open_store
 from trainer.data.table import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
 from trainer.data.tools import inputs, parallel
 from trainer.data.tools.images import is_image, shrink
 from trainer.data.tools.inputs import Item, Listing, Part
-from trainer.data.tools.shards import checksum, from_zero, place, split_pattern
+from trainer.data.tools.shards import from_zero, place, split_pattern
 
 JOURNAL = "convert.json"
 

@@ -34,7 +34,7 @@ def keys(config: RunConfig, *, hosts: int, host: int | None, start: int, num_key
     order = train_order(config, len(dataset), dataset.block_starts())
     for position in islice(_positions(order, size, hosts, host, start), num_keys):
         index = order.index(position)
-        shard = int(np.searchsorted(dataset.first, index, side="right")) - 1
+        shard = int(dataset.shard(np.array(index)))
         label = int(dataset.records["label"][index])
         yield Key(position, dataset.objects[shard].name, index - int(dataset.first[shard]), label)
 

@@ -9,13 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-import google_crc32c
 import numpy as np
 
 from configs.errors import UserError
 from trainer.data.fetch import Fetcher
 from trainer.data.request import Request
-from trainer.data.storage import Object, Store, open_store
+from trainer.data.storage import Object, Store, checksum, open_store
 
 RANGE_BYTES = 8 << 20
 RANGES_AHEAD = 4
@@ -88,16 +87,6 @@ def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
                 yield copy, obj.crc32c
                 return
     raise UserError(f"{store.url}/{obj.name} comes damaged over the network, however often it is read")
-
-
-def checksum(file: BinaryIO) -> int:
-    """crc32c of a whole file, which is left at its beginning."""
-    file.seek(0)
-    crc = 0
-    while part := file.read(1 << 20):
-        crc = google_crc32c.extend(crc, part)
-    file.seek(0)
-    return crc
 
 
 def from_zero(label: int, first_label: int) -> int:

@@ -10,8 +10,6 @@ from PIL import Image, ImageOps
 
 from configs.errors import UserError
 from trainer.data.fetch import Fetcher
-from trainer.data.formats import FORMATS
-from trainer.data.request import Request
 from trainer.data.table import Dataset
 from trainer.data.tools.verify import fault
 from trainer.grid import captioned_grid
@@ -77,13 +75,6 @@ def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
 
 def _read(dataset: Dataset, indices: np.ndarray) -> list[bytes]:
     """Single records."""
-    framing = FORMATS[dataset.manifest.format].FRAMING
     with closing(Fetcher()) as fetcher:
-        futures = []
-        for index in indices:
-            shard = int(np.searchsorted(dataset.first, index, side="right")) - 1
-            offset, length, *_ = dataset.records[index].item()
-            futures.append(
-                fetcher.submit(Request(dataset.store, dataset.objects[shard], offset, length, framing))
-            )
+        futures = [fetcher.submit(dataset.request(int(i), int(i))) for i in indices]
         return [future.result().tobytes() for future in futures]

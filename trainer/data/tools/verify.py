@@ -60,8 +60,7 @@ def _verify_shard(decode: bool, task: _ShardOf) -> tuple[int, int, list[Bad]]:
     for (a, b), outer, payload in zip(runs, ranges, stream(ranges), strict=True):
         for i in range(a, b):
             inner = _request(store, task, rows[i], rows[i])
-            start = inner.payload_offset_in(outer)
-            image = payload[start : start + inner.payload_bytes()].tobytes()
+            image = outer.part(payload, inner).tobytes()
             if reason := fault(image, int(rows["crc32c"][i]), decode):
                 bad.append(Bad(task.obj.name, i, inner.offset, reason))
     return len(rows), task.obj.size, bad
