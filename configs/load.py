@@ -5,10 +5,11 @@ misspelt name, the nearest valid one.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +19,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 
 Loc = tuple[str, ...]
+Model = TypeVar("Model", bound=BaseModel)
 # A tag on what it does not fit (`!!int x`) is a ValueError; nesting without end, as in `a: &x [*x]`, the last.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -56,13 +58,34 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def load_entries(path: Path, model: type[Model]) -> dict[str, Model]:
+    """The file at `path`, a mapping of names to sections that are each a `model`. Raises UserError."""
+    values, where, problems = _read(path, "it is a mapping of names to settings")
+    entries = {}
+    for name, value in values.items():
+        below = {loc[1:]: line for loc, line in where.items() if loc[0] == str(name)}
+        if not isinstance(value, dict):
+            problems.append(f"{below[()]}: {name} must be a mapping of settings, got a {_kind(value)}")
+            continue
+        try:
+            entries[str(name)] = model.model_validate(value)
+        except ValidationError as e:
+            for error in e.errors():
+                problems += _explain(error, path, below, model, str(name))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return entries
+
+
 def nearest(name: str, valid: Sequence[str]) -> str:
     """`; did you mean "x"?` for a near miss, else an empty string."""
     match = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f'; did you mean "{match[0]}"?' if match else ""
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Loc, str], list[str]]:
+def _read(
+    path: Path, what: str = "a recipe is a mapping of sections (model:, data:, …)"
+) -> tuple[dict[str, Any], dict[Loc, str], list[str]]:
     """Values, where each key stands (`file:line`), and problems of the YAML itself."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -86,9 +109,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Loc, str], list[str]]:
         reason = getattr(e, "problem", None) or str(e).splitlines()[0]
         raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}:1: a recipe is a mapping of sections (model:, data:, …), got a {_kind(values)}"
-        )
+        raise UserError(f"{path}:1: {what}, got a {_kind(values)}")
     return values, where, problems
 
 
@@ -128,29 +149,35 @@ def _apply(override: str, values: dict[str, Any], where: dict[Loc, str]) -> list
     return []
 
 
-def _explain(error: ErrorDetails, path: Path, where: dict[Loc, str]) -> list[str]:
-    """One pydantic error in the words of the user's file."""
+def _explain(
+    error: ErrorDetails, path: Path, where: dict[Loc, str], root: type[BaseModel] = RunConfig, owner: str = ""
+) -> list[str]:
+    """One pydantic error in the words of the user's file; `owner` is the entry that is a `root`."""
     # A union adds its member's tag to the location, and tuples their index: keep the user's keys.
     loc = tuple(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "constrained-")))
-    model, known = _model_at(loc)
+    model, known = _model_at(root, loc)
     while loc and loc not in where and not known:
         loc = loc[:-1]
-        model, known = _model_at(loc)
-    line = next((where[loc[:i]] for i in range(len(loc), 0, -1) if loc[:i] in where), str(path))
-    if error["type"] == "value_error":  # a validator of ours, whose lines begin with their keys
-        text = error["msg"].removeprefix("Value error, ")
+        model, known = _model_at(root, loc)
+    line = next((where[loc[:i]] for i in range(len(loc), -1, -1) if loc[:i] in where), str(path))
+    key = ".".join((owner, *loc) if owner else loc)
+    text = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and known and not _section(model, loc[-1]):  # a validator of one field
+        return [f"{line}: {key} = {_show(error['input'])}: {text}"]
+    if error["type"] == "value_error":  # a validator of a section, whose lines begin with their keys
         return [f"{_line_of(problem, where, path)}: {problem}" for problem in text.split("\n")]
     if error["type"] == "invalid_key":
         return [f"{line}: {_show(error['input'])} cannot be a key; keys are names, such as batch_size"]
-    key = ".".join(loc)
-    if error["type"] == "missing" and issubclass(_section(model, loc[-1]), BaseModel):
+    if error["type"] == "missing" and _section(model, loc[-1]):
         return [f"{line}: {key} is missing; a recipe needs this section"]
+    if error["type"] == "missing" and known and error["loc"][-1] == loc[-1]:
+        return [f"{line}: {key} is missing"]
     if error["type"] == "extra_forbidden":
         valid = list(model.model_fields)
         hint = nearest(loc[-1], valid)
-        owner = ".".join(loc[:-1]) or "a recipe"
-        return [f"{line}: {key}: unknown key{hint} ({owner} has: {', '.join(valid)})"]
-    return [f"{line}: {key} = {_show(error['input'])}: {_allowed(error, loc)}"]
+        section = ".".join(loc[:-1]) or owner or "a recipe"
+        return [f"{line}: {key}: unknown key{hint} ({section} has: {', '.join(valid)})"]
+    return [f"{line}: {key} = {_show(error['input'])}: {_allowed(error, *_model_at(root, loc), loc[-1])}"]
 
 
 def _line_of(problem: str, where: dict[Loc, str], path: Path) -> str:
@@ -159,33 +186,35 @@ def _line_of(problem: str, where: dict[Loc, str], path: Path) -> str:
     return next((where[loc[:i]] for i in range(len(loc), 0, -1) if loc[:i] in where), str(path))
 
 
-def _model_at(loc: Loc) -> tuple[type[BaseModel], bool]:
-    """The section that holds the last part of `loc`, and whether that part is a field of it."""
-    model: type[BaseModel] = RunConfig
+def _model_at(root: type[BaseModel], loc: Loc) -> tuple[type[BaseModel], bool]:
+    """The section of `root` that holds the last part of `loc`, and whether that part is a field of it."""
+    model = root
     for i, name in enumerate(loc):
         field = model.model_fields.get(name)
         if i == len(loc) - 1 or field is None:
             return model, field is not None and i == len(loc) - 1
-        annotation = field.annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        section = _section(model, name)
+        if section is None:
             return model, False
-        model = annotation
+        model = section
     return model, False
 
 
-def _section(model: type[BaseModel], name: str) -> type:
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that field `name` of `model` is, or may be."""
     field = model.model_fields.get(name)
-    return field.annotation if field and isinstance(field.annotation, type) else type(None)
+    annotations = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)), None)
 
 
-def _allowed(error: ErrorDetails, loc: Loc) -> str:
-    """What the field takes instead."""
+def _allowed(error: ErrorDetails, model: type[BaseModel], known: bool, name: str) -> str:
+    """What the field `name` of `model` takes instead."""
     kind, context = error["type"], error.get("ctx", {})
-    model, known = _model_at(loc)
-    field = model.model_fields[loc[-1]] if known else None
+    field = model.model_fields[name] if known else None
     annotation = field.annotation if field else None
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        fields = ", ".join(annotation.model_fields)
+    section = _section(model, name)
+    if section:
+        fields = ", ".join(section.model_fields)
         return f"must be a mapping with keys among {fields}, got a {_kind(error['input'])}"
     choices = _choices(annotation)
     if choices:
@@ -203,6 +232,8 @@ def _allowed(error: ErrorDetails, loc: Loc) -> str:
         "float_type": "must be a number",
         "bool_type": "must be true or false",
         "string_type": "must be text",
+        "dict_type": "must be a mapping",
+        "list_type": "must be a list",
     }
     if kind in ("tuple_type", "missing", "too_long"):
         return f"must be a list of {len(get_args(annotation))} numbers"
@@ -227,5 +258,7 @@ def _kind(value: Any) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, str) and not value.isprintable():
+        return json.dumps(value)[:80]
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("...\n").strip()[:80]

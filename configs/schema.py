@@ -17,8 +17,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # Strict mode takes no list for a tuple, and YAML has only lists.
-_from_list = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
-Rgb = Annotated[tuple[float, float, float], _from_list]
+from_list = BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+Rgb = Annotated[tuple[float, float, float], from_list]
 
 
 class Section(BaseModel):
@@ -153,17 +153,17 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """What is done to training images, and to them alone."""
 
-    crop_scale: Annotated[tuple[float, float], _from_list] = (0.08, 1.0)
+    crop_scale: Annotated[tuple[float, float], from_list] = (0.08, 1.0)
     """Share of the image's area that the random crop keeps, at a width ÷ height from 3/4 to 4/3.
     `records` only."""
     antialias: bool = False
     """Filter while shrinking a random crop, as Pillow and torchvision do; slower. Evaluation always does."""
-    randaugment: Annotated[tuple[NonNegative, Annotated[int, Field(le=30)]], _from_list] = (0, 9)
+    randaugment: Annotated[tuple[NonNegative, Annotated[int, Field(le=30)]], from_list] = (0, 9)
     """RandAugment (Cubuk et al. 2019) on the host: operations an image, and their magnitude of 30;
     [0, 9]: none, [2, 9] is usual. `records` only."""
     flip: bool = True
     """Mirror half of the images, on the device."""
-    color_jitter: Annotated[tuple[Fraction, Fraction, Fraction], _from_list] = (0.0, 0.0, 0.0)
+    color_jitter: Annotated[tuple[Fraction, Fraction, Fraction], from_list] = (0.0, 0.0, 0.0)
     """Brightness, contrast and saturation vary by factors in 1 ± these, on the device; as torchvision's
     ColorJitter."""
     erasing: Annotated[float, Field(ge=0, le=1)] = 0.0

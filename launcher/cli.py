@@ -1,32 +1,36 @@
-"""The `launch` command: parse, print, exit code. With data.py the only place that prints.
+"""The `launch` command: parse, act, exit code. With console.py and data.py the only place that prints.
 
 Heavy modules are imported where they are used: `launch --help` answers before pydantic would have loaded.
 """
 
 import contextlib
 import json
+import math
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from configs.errors import UserError
+from launcher import console
 from launcher.data import check_datasets, data
 
 if TYPE_CHECKING:
+    from launcher.backends import Backend, Starter, State
+    from launcher.clusters import ClusterSpec
     from launcher.plan import Plan
     from launcher.rundir import RunDirectory
 
 DEFAULT_ROOT = Path("runs")
 FOLLOW_SECONDS = 0.3
+# A job may begin before the launcher that submitted it has written down that it did.
+PATIENCE_SECONDS = 60.0
+JOB_PROGRESS_SECONDS = 60.0
 
 
 class Commands(click.Group):
@@ -76,6 +80,7 @@ def main() -> None:
     \b
     launch configs/quickstart.yaml                    here and now, two processes
     launch --cluster local-4 CONFIG train.epochs=5    four processes, one setting changed
+    launch --cluster slurm-4x8 CONFIG                 a SLURM job of 4 nodes with 8 GPUs each
 
     `run` may be left out.
     """
@@ -103,83 +108,142 @@ def _local_root(ctx: click.Context, param: click.Parameter, value: str) -> Path:
     return Path(value)
 
 
-def _planning(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The arguments from which a plan is made."""
+def _named_recipe(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A recipe, what is changed in it, and the run that it becomes."""
     command = click.option("--name", help="Name of the run. Default: the recipe's file name.")(_root(command))
-    command = click.option("--cluster", help="Where to run; see `launch clusters`. Default: this machine.")(
-        command
-    )
     command = click.argument("overrides", nargs=-1, metavar="[section.key=value]...")(command)
     return click.argument("config", type=str)(command)
+
+
+def _planning(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments from which a plan is made."""
+    command = click.option(
+        "--max-restarts",
+        type=click.IntRange(min=0),
+        default=3,
+        show_default=True,
+        help="How often a failed attempt is tried again from the last checkpoint.",
+    )(command)
+    command = click.option(
+        "--sbatch",
+        multiple=True,
+        metavar="OPTION=VALUE",
+        help="An option of sbatch, such as partition=a100, over what the cluster says. As often as needed.",
+    )(command)
+    command = click.option(
+        "--cluster", help="Where to run; see `launch clusters`. Default: this SLURM job, or this machine."
+    )(command)
+    return _named_recipe(command)
 
 
 @main.command()
 @_planning
 @click.option("--dry-run", is_flag=True, help="Print the plan and the commands, and stop.")
 @click.option("--yes", is_flag=True, help="Do not ask before going on with changed settings.")
-@click.option(
-    "--max-restarts",
-    type=click.IntRange(min=0),
-    default=3,
-    show_default=True,
-    help="How often a failed attempt is tried again from the last checkpoint.",
-)
+@click.option("--detach", is_flag=True, help="Submit the job, and do not follow it.")
+@click.option("--requeue", is_flag=True, help="In a batch script: saved and not yet done, requeue the job.")
 def run(
-    config: str, overrides: tuple[str, ...], cluster: str | None, name: str | None, root: Path,
-    dry_run: bool, yes: bool, max_restarts: int,
+    config: str, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...], name: str | None,
+    root: Path, max_restarts: int, dry_run: bool, yes: bool, detach: bool, requeue: bool,
 ) -> None:  # fmt: skip
     """Train CONFIG, or go on with it where it was left."""
     from launcher import backends
     from launcher.rundir import RunDirectory
-    from launcher.supervise import EXIT_CODES, Wishes, supervise
 
-    plan = _plan(config, overrides, cluster, name, root)
+    plan = _plan(config, overrides, cluster, sbatch, name, root, max_restarts)
     backend = backends.get(plan.backend)
     directory = RunDirectory(Path(plan.run_directory))
+    if requeue and backend.ledger()["job"] is None:
+        raise UserError("--requeue: this is no SLURM job; it belongs into a batch script")
+    if detach and plan.submission is None:
+        raise UserError(f"--detach: cluster {plan.cluster} has no queue; its processes end with `launch`")
     if dry_run:
-        _print_plan(plan)
+        console.print_plan(plan)
         click.echo(backend.render(plan))
         return
+    _check_is_free(directory)
     changes = _check_can_continue(plan, directory)
     if _already_done(plan, directory):
         return
-    if plan.config["data"]["source"] == "records" and plan.backend == "local":
+    if plan.config["data"]["source"] == "records" and plan.submission is None:
         check_datasets(plan.run_config())  # elsewhere they may be within reach of the hosts alone
-    _print_plan(plan)
+    console.print_plan(plan)
     for change in changes:
         click.echo(f"changed     {change}")
     if changes and not yes and sys.stdin.isatty():
         click.confirm("Go on with this run?", default=True, abort=True)
-    with directory.locked(), _signals(Wishes()) as wishes, _Progress(plan) as progress:
-        directory.claim_checkpoints(plan)
-        directory.create(plan)
-        result = supervise(
-            plan,
-            directory,
-            backend,
-            max_restarts=max_restarts,
-            wishes=wishes,
-            watch=progress.watch,
-            announce=progress.line,
-        )
-    _print_result(plan, directory, result)
-    failure = result["failure"]
-    user_error = failure is not None and failure["cause"] == "exit code 2"
-    sys.exit(2 if user_error else EXIT_CODES[result["status"]])
+    if plan.submission is None:
+        backend.check(plan)
+        sys.exit(_train(plan, directory, backend, requeue=requeue))
+    _submit(plan, directory)
+    if not detach:
+        sys.exit(_follow(plan, directory))
 
 
 @main.command()
 @_planning
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON, as a run would keep it.")
 def plan(
-    config: str, overrides: tuple[str, ...], cluster: str | None, name: str | None, root: Path, as_json: bool
-) -> None:
+    config: str, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...], name: str | None,
+    root: Path, max_restarts: int, as_json: bool,
+) -> None:  # fmt: skip
     """Show what `run` would do, and check all of it."""
-    made = _plan(config, overrides, cluster, name, root)
+    made = _plan(config, overrides, cluster, sbatch, name, root, max_restarts)
     if as_json:
         click.echo(made.to_json())
     else:
-        _print_plan(made)
+        console.print_plan(made)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def supervise(directory: Path) -> None:
+    """Run what is planned in DIRECTORY, in this SLURM job; the last line of its script."""
+    from launcher import backends
+    from launcher.rundir import RunDirectory
+
+    run_directory = RunDirectory(directory)
+    if not directory.is_dir():
+        raise UserError(
+            f"run directory {directory} is not visible on {os.uname().nodename}: it must be on a file system that "
+            "all nodes share; choose another place with --root"
+        )
+    with run_directory.locked(patience_seconds=PATIENCE_SECONDS):
+        made = run_directory.plan()
+    if made is None or made.submission is None:
+        raise UserError(f"{directory} holds no plan for a SLURM job; see `launch --help`")
+    backend = backends.get(made.backend)
+    backend.check(made)
+    sys.exit(_train(made, run_directory, backend, requeue=True))
+
+
+@main.command()
+@_named_recipe
+def worker(config: str, overrides: tuple[str, ...], name: str | None, root: Path) -> None:
+    """Be one task of a SLURM step: srun … launch worker CONFIG."""
+    from launcher import clusters
+    from launcher.backends.slurm import InStep
+    from launcher.host import Host, exit_code
+    from launcher.place import in_slurm_step
+    from launcher.rundir import RunDirectory
+
+    place = in_slurm_step()
+    if place is None:
+        raise UserError(
+            "launch worker: this is no task of a SLURM step; type `launch CONFIG`, or srun before it"
+        )
+    directory = RunDirectory(root.absolute() / _name(config, name))
+    if place.process:
+        host = Host(place, directory)
+        signal.signal(signal.SIGTERM, lambda *_: host.ask_to_stop())
+        host.start()
+        sys.exit(exit_code(host.wait()))
+    made = _plan_on(clusters.of_step(place), config, overrides, name, root, max_restarts=0)
+    _check_can_continue(made, directory)
+    if _already_done(made, directory):
+        return
+    console.print_plan(made)
+    sys.exit(_train(made, directory, InStep(place, directory), requeue=False))
 
 
 @main.command()
@@ -188,25 +252,38 @@ def plan(
 def status(name: str | None, root: Path) -> None:
     """How a run stands; without NAME, the one launched last."""
     run_directory = _find(root, name)
-    made = run_directory.plan()
-    assert made is not None
+    made = _plan_of(run_directory)
     report = run_directory.report(0)
     click.echo(f"run         {run_directory.name} ({_state(run_directory)})")
     click.echo(f"directory   {run_directory.path}")
     if report:
-        click.echo(f"progress    {_progress_text(made, report)}")
+        click.echo(f"progress    {console.progress_text(made, report)}")
         click.echo(f"last word   {time.time() - report['time']:.0f} s ago, {report.get('phase')}")
     steps = run_directory.checkpoint_steps()
     click.echo(f"checkpoints {', '.join(map(str, steps)) or 'none yet'}")
     for a in run_directory.attempts():
+        job = (
+            f", job {a['job']}" + f" requeued {a['restart_count']}×" * (a["restart_count"] > 0)
+            if a.get("job")
+            else ""
+        )
         click.echo(
             f"attempt {a['attempt']:<4}{a['verdict']}, steps {a['from_step']} to {a['reached_step']} "
-            f"in {_duration(a['wall_seconds'])}"
+            f"in {console.duration(a['wall_seconds'])}{job}"
         )
         if a["failure"]:
             from launcher.supervise import describe
 
             click.echo(f"            {describe(a['failure'])}")
+
+
+@main.command()
+@click.argument("name", required=False)
+@_root
+def attach(name: str | None, root: Path) -> None:
+    """Follow a run that goes on in a SLURM job."""
+    run_directory = _find(root, name)
+    sys.exit(_follow(_plan_of(run_directory), run_directory, again=False))
 
 
 @main.command()
@@ -217,22 +294,17 @@ def status(name: str | None, root: Path) -> None:
 def logs(name: str | None, follow: bool, host: int | None, root: Path) -> None:
     """Logs of the newest attempt, each line with its host."""
     run_directory = _find(root, name)
-    made = run_directory.plan()
-    assert made is not None
+    made = _plan_of(run_directory)
     if host is not None and host >= made.processes:
         raise UserError(f"--host {host}: the run has hosts 0 to {made.processes - 1}")
     hosts = range(made.processes) if host is None else [host]
     offsets: dict[Path, int] = {}
-    while True:
-        running = run_directory.is_running()
+    for _ in _states(run_directory) if follow else [None]:
         attempt = run_directory.last_attempt()
         for h in hosts:
-            _print_new_lines(
+            console.print_new_lines(
                 run_directory.log(attempt, h), offsets, prefix=f"[host {h}] " if host is None else ""
             )
-        if not follow or not running:
-            return
-        time.sleep(FOLLOW_SECONDS)
 
 
 @main.command()
@@ -240,20 +312,26 @@ def logs(name: str | None, follow: bool, host: int | None, root: Path) -> None:
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the save.")
 @_root
 def stop(name: str | None, timeout: float, root: Path) -> None:
-    """Have a run save and end."""
+    """Have a run save and end; one that waits in a queue leaves it."""
+    from launcher import backends
+    from launcher.supervise import write_result
+
     run_directory = _find(root, name)
-    if not run_directory.is_running():
-        click.echo(f"run {run_directory.name} is not running ({_state(run_directory)})")
+    made, state = _plan_of(run_directory), _state(run_directory)
+    if not state.is_active:
+        click.echo(f"run {run_directory.name} is not running ({state})")
         return
-    run_directory.request_stop()
+    run_directory.request_stop()  # should it begin meanwhile
+    if state.word == "queued":
+        backends.queue_of(made.backend).cancel(run_directory)
+        write_result(made, run_directory, "stopped")
     deadline = time.monotonic() + timeout
-    while run_directory.is_running():
-        if time.monotonic() > deadline:
+    for state in _states(run_directory):
+        if state.is_active and time.monotonic() > deadline:
             raise UserError(
                 f"run {run_directory.name} has not stopped within {timeout:g} s; see `launch status`"
             )
-        time.sleep(FOLLOW_SECONDS)
-    click.echo(f"run {run_directory.name} is {_state(run_directory)}")
+    click.echo(f"run {run_directory.name} is {state}")
 
 
 @main.command("list")
@@ -266,21 +344,26 @@ def list_runs(root: Path) -> None:
     if not found:
         click.echo(f"no runs in {root}")
     for run_directory in found:
-        made, report = run_directory.plan(), run_directory.report(0)
-        assert made is not None
+        made, report = _plan_of(run_directory), run_directory.report(0)
         step = report.get("step", 0)
         click.echo(
-            f"{run_directory.name:<24} {_state(run_directory):<12} step {step}/{made.steps:<10} {made.cluster}"
+            f"{run_directory.name:<24} {_state(run_directory).word:<12} step {step}/{made.steps:<10} {made.cluster}"
         )
 
 
 @main.command()
 def clusters() -> None:
     """The clusters that --cluster knows."""
-    from launcher.clusters import KINDS, default
+    from configs.clusters import named
+    from launcher.clusters import KINDS, default, slurm
 
     for kind, meaning in KINDS.items():
         click.echo(f"{kind:<12} {meaning}")
+    for name, cluster in named().items():
+        spec = slurm(name, cluster)
+        click.echo(
+            f"{name:<12} {spec.processes} × {spec.devices_per_process} {spec.platform} on {spec.hosts} nodes"
+        )
     try:
         spec = default()
         click.echo(
@@ -296,7 +379,7 @@ def clusters() -> None:
 def tensorboard(name: str | None, root: Path) -> None:
     """Open TensorBoard on one run, or on all of --root."""
     run_directory = _find(root, name)
-    logdir = str(root) if name is None else _logdir(run_directory)
+    logdir = str(root) if name is None else console.logdir(run_directory)
     os.execvp(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])
 
 
@@ -323,52 +406,62 @@ main.add_command(data)
 
 
 def _plan(
-    config: str, overrides: tuple[str, ...], cluster: str | None, name: str | None, root: Path
+    config: str, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...], name: str | None,
+    root: Path, max_restarts: int,
+) -> "Plan":  # fmt: skip
+    from launcher import clusters
+
+    _check_is_recipe(config)
+    if cluster is None and sbatch:
+        raise UserError(
+            f"--sbatch {sbatch[0]}: without --cluster nothing is submitted; see `launch clusters`"
+        )
+    spec = clusters.default() if cluster is None else clusters.resolve(cluster, sbatch)
+    return _plan_on(spec, config, overrides, name, root, max_restarts)
+
+
+def _plan_on(
+    spec: "ClusterSpec",
+    config: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    root: Path,
+    max_restarts: int,
 ) -> "Plan":
     from configs.load import load
-    from launcher import clusters
     from launcher.plan import make_plan
-    from launcher.rundir import check_name
+    from launcher.provenance import provenance
 
     path = Path(config)
-    _check_is_recipe(config)
-    loaded = load(path, overrides)
-    spec = clusters.resolve(cluster) if cluster is not None else clusters.default()
     return make_plan(
-        loaded,
+        load(path, overrides),
         spec,
-        name=check_name(path.stem, "the recipe's file name; give another with --name")
-        if name is None
-        else check_name(name),
+        name=_name(config, name),
         root=root,
         config_file=path,
-        provenance=_provenance(),
+        provenance=provenance(),
+        max_restarts=max_restarts,
     )
 
 
-def _provenance() -> dict[str, Any]:
-    """Which code runs: commit and dirty flag where it is a checkout, and the packages that matter."""
-    home = Path(__file__).parent.parent
+def _name(config: str, name: str | None) -> str:
+    from launcher.rundir import check_name
 
-    def git(*arguments: str) -> str | None:
-        with contextlib.suppress(OSError):
-            done = subprocess.run(["git", "-C", str(home), *arguments], capture_output=True, text=True)
-            if done.returncode == 0:
-                return done.stdout.strip()
-        return None
+    if name is None:
+        return check_name(Path(config).stem, "the recipe's file name; give another with --name")
+    return check_name(name)
 
-    packages = ("podlaunch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    changes = git("status", "--porcelain")
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        "python": sys.version.split()[0],
-        "packages": versions,
-    }
+
+def _check_is_free(directory: "RunDirectory") -> None:
+    """Raises UserError where a job has the run already. One on this machine holds its lock."""
+    if directory.plan() is None:
+        return
+    state = _state(directory)
+    if directory.job() != _backend_of(directory).ledger()["job"] and state.is_active:
+        raise UserError(
+            f"run {directory.name} is {state} (job {directory.job()}): follow it with `launch attach "
+            f"{directory.name}`, end it with `launch stop {directory.name}`, or begin another with --name"
+        )
 
 
 def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
@@ -417,7 +510,7 @@ def _already_done(plan: "Plan", directory: "RunDirectory") -> bool:
     if result is None or result["status"] != "completed" or result["step"] < plan.steps:
         return False
     click.echo(f"run {plan.name} is complete; begin another with --name, or train longer with train.epochs=…")
-    _print_result(plan, directory, result)
+    console.print_result(plan, directory, result)
     return True
 
 
@@ -437,160 +530,107 @@ def _find(root: Path, name: str | None) -> "RunDirectory":
     raise UserError(f"no run {name!r} in {root}{nearest(name, names)} (there are: {', '.join(names)})")
 
 
-# What is printed
+def _plan_of(directory: "RunDirectory") -> "Plan":
+    made = directory.plan()
+    assert made is not None
+    return made
 
 
-def _say(text: str) -> None:
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        # Ctrl-C ends the reader of `launch … | tee log`, too; the run has yet to save.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _backend_of(directory: "RunDirectory") -> "Backend":
+    from launcher import backends
+
+    return backends.get(_plan_of(directory).backend)
 
 
-def _print_plan(plan: "Plan") -> None:
-    mesh, model = plan.mesh, plan.config["model"]
-    rows = {
-        "run": f"{plan.name}  ({plan.config_file})",
-        "cluster": f"{plan.cluster}: {plan.processes} process{'es' * (plan.processes > 1)} × "
-        f"{plan.devices_per_process} {plan.platform} = {plan.devices} device{'s' * (plan.devices > 1)}",
-        "mesh": f"batch {mesh['batch']} × model {mesh['model']}",
-        "batch": f"{plan.global_batch} global, {plan.per_device_batch} per device",
-        "steps": f"{plan.steps} ({plan.epochs:.4g} epochs of {plan.steps_per_epoch:.4g} steps)",
-        "model": f"{model['name']}, {plan.parameters:,} parameters, {model['dtype']}",
-        "directory": plan.run_directory,
-    }
-    for label, text in rows.items():
-        click.echo(f"{label:<12}{text}")
+def _state(directory: "RunDirectory") -> "State":
+    return _backend_of(directory).state(directory)
 
 
-def _print_result(plan: "Plan", directory: "RunDirectory", result: dict[str, Any]) -> None:
-    from launcher.supervise import describe
-
-    metrics, steps = result["metrics"], directory.checkpoint_steps()
-    attempts = f"{result['attempts']} attempt{'s' * (result['attempts'] > 1)}"
-    _say(
-        f"\n{result['status']:<12}step {result['step']} (epoch {result['epoch']:.4g}), {attempts}, {_duration(result['wall_seconds'])}"
-    )
-    if result["failure"]:
-        _say(f"{'cause':<12}{describe(result['failure'])}")
-        for line in result["failure"]["lines"]:
-            _say(f"            | {line}")
-        _say(f"{'logs':<12}{directory.logs(directory.last_attempt())}")
-    if "eval/accuracy" in metrics:
-        _say(
-            f"{'result':<12}{metrics['eval/accuracy']:.2%} of {metrics['eval/count']} held-out images, "
-            f"eval loss {metrics['eval/loss']:.4f}"
-        )
-    if steps:
-        _say(f"{'checkpoints':<12}{directory.checkpoints()} (newest: step {steps[-1]})")
-    _say(f"{'look':<12}tensorboard --logdir {shlex.quote(_logdir(directory))}")
-    if result["status"] != "completed":
-        mend = "mend it, then " if result["failure"] and not result["failure"]["retryable"] else ""
-        _say(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
-
-
-def _logdir(directory: "RunDirectory") -> str:
-    plan = directory.plan()
-    assert plan is not None
-    return str(plan.config["log"]["tensorboard"] or directory.path / "tensorboard")
-
-
-def _state(directory: "RunDirectory") -> str:
-    if directory.is_running():
-        return "running"
-    result = directory.result()
-    return result["status"] if result else "interrupted"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _progress_text(plan: "Plan", report: dict[str, Any]) -> str:
-    """One line: step, epoch, loss, accuracy, images/s, share of time waiting for data, ETA."""
-    step, speed = report.get("step", 0), report.get("speed/images_per_second")
-    phase = report.get("phase", "starting")
-    if speed is None:
-        return f"{phase} …"
-    text = (
-        f"step {step}/{plan.steps}  epoch {report['epoch']:.2f}/{plan.epochs:.4g}  "
-        f"loss {report['train/loss']:.4f}  accuracy {report['train/accuracy']:.2%}  "
-        f"{speed:,.0f} images/s  data wait {report['speed/data_wait_share']:.0%}{_input_text(report)}  "
-        f"ETA {_duration((plan.steps - step) * plan.global_batch / speed)}"
-    )
-    if "eval/accuracy" in report:
-        text += f"  eval {report['eval/accuracy']:.2%}"
-    return text if phase == "training" else f"{text}  ({phase})"
-
-
-def _input_text(report: dict[str, Any]) -> str:
-    """How the input does, in brackets: the verdict, and where images are read, what reading is like."""
-    words = [report["bound"]] if "bound" in report else []
-    if "data/ready_batches" in report:
-        words.append(f"{report['data/ready_batches']} ready")
-    if "data/get_p50_ms" in report:
-        times = "/".join(f"{report[f'data/get_p{q}_ms']:.0f}" for q in (50, 95, 99))
-        words.append(f"GET p50/95/99 {times} ms")
-    if "data/cache_hit_share" in report:
-        words.append(f"cache {report['data/cache_hit_share']:.0%}")
-    if report.get("data/hedges"):
-        words.append(f"hedges {report['data/hedges']}, won {report['data/hedges_won']}")
-    troubles = {"retries": "retries", "checksum_failures": "checksum failures", "bad_records": "bad records"}
-    words += [
-        f"{report[f'data/{key}']} {name}" for key, name in troubles.items() if report.get(f"data/{key}")
-    ]
-    return f" ({', '.join(words)})" if words else ""
-
-
-class _Progress:
-    """The live line: redrawn in place in a terminal, elsewhere a plain line each time there is news."""
-
-    PLAIN_SECONDS = 2.0
-
-    def __init__(self, plan: "Plan"):
-        self._plan = plan
-        self._last = ""
-        self._printed = 0.0
-        self._attempt = 0
-        self._live: Any = None
-
-    def __enter__(self) -> "_Progress":
-        if sys.stdout.isatty():
-            from rich.live import Live
-
-            self._live = Live(refresh_per_second=5, transient=False)
-            self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def line(self, text: str) -> None:
-        """A line that stays."""
-        if self._live:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            _say(text)
-
-    def watch(self, attempt: int, report: dict[str, Any]) -> None:
-        if report.get("start") and attempt > self._attempt:
-            self._attempt = attempt
-            self.line(f"resuming from step {report['start']}")
-        text = _progress_text(self._plan, report)
-        if self._live:
-            from rich.text import Text
-
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+def _states(directory: "RunDirectory") -> Iterator["State"]:
+    """How the run stands, some times a second, to its end. A scheduler is asked rarely, or when there is news."""
+    backend = _backend_of(directory)
+    asked, news = -math.inf, None
+    while True:
+        newest = directory.last_attempt(), directory.result()
+        if newest != news or time.monotonic() - asked >= backend.ASK_SECONDS:
+            state, news, asked = backend.state(directory), newest, time.monotonic()
+        yield state
+        if not state.is_active:
             return
-        starting = text.endswith("…")
-        due = starting or time.monotonic() - self._printed > self.PLAIN_SECONDS
-        if text != self._last and due:
-            _say(text)
-            self._last, self._printed = text, time.monotonic()
+        time.sleep(FOLLOW_SECONDS)
+
+
+# Running, here or elsewhere
+
+
+def _train(plan: "Plan", directory: "RunDirectory", starter: "Starter", *, requeue: bool) -> int:
+    """Supervise the run from here; its exit code."""
+    from launcher import backends
+    from launcher.supervise import EXIT_SAVED, Wishes, exit_code, supervise
+
+    job = starter.ledger()["job"]
+    with (
+        directory.locked(),
+        _signals(Wishes()) as wishes,
+        console.Progress(plan, JOB_PROGRESS_SECONDS if requeue else console.PROGRESS_SECONDS) as progress,
+    ):
+        directory.claim_checkpoints(plan)
+        directory.create(plan)
+        if (
+            job is None or job != directory.job()
+        ):  # else it was submitted, or requeued, and may have been told to stop
+            directory.begin(job)
+        result = supervise(
+            plan, directory, starter, wishes=wishes, watch=progress.watch, announce=progress.line
+        )
+    console.print_result(plan, directory, result, again=not requeue)
+    code = exit_code(result)
+    if requeue and code == EXIT_SAVED:
+        console.say(backends.queue_of(plan.backend).go_on_later(plan, directory))
+    return code
+
+
+def _submit(plan: "Plan", directory: "RunDirectory") -> None:
+    from launcher import backends
+
+    with directory.undone_if_refused(), directory.locked():
+        directory.claim_checkpoints(plan)
+        directory.exclude_nodes([])
+        job = backends.queue_of(plan.backend).submit(plan, directory)
+        directory.create(plan)
+        directory.begin(job)
+    click.echo(f"job         {job}")
+
+
+def _follow(plan: "Plan", directory: "RunDirectory", *, again: bool = True) -> int:
+    """Show how a job does until it ends; its exit code. Ctrl-C leaves it running."""
+    from launcher.supervise import EXIT_STOPPED, describe, exit_code
+
+    begun, told, shown = time.time(), len(directory.attempts()), ""
+    try:
+        with console.Progress(plan) as progress:
+            for state in _states(directory):
+                for attempt in directory.attempts()[told:]:
+                    told += 1
+                    if attempt["failure"]:
+                        progress.line(describe(attempt["failure"]))
+                if state.is_active and str(state) != shown:
+                    progress.line(str(state))
+                    shown = str(state)
+                report = directory.report(0)
+                if state.word == "running" and report.get("time", 0) > begun:
+                    progress.watch(directory.last_attempt(), report)
+    except KeyboardInterrupt:
+        click.echo(
+            f"\nleft running, in job {directory.job()}: `launch attach {plan.name}` follows it, "
+            f"`launch stop {plan.name}` has it save and end"
+        )
+        return EXIT_STOPPED
+    result = directory.result()
+    if result is None:
+        raise UserError(f"run {plan.name} is {state}; see {directory.path / 'logs'}, and `launch` again")
+    console.print_result(plan, directory, result, again=again)
+    return exit_code(result)
 
 
 @contextlib.contextmanager
@@ -602,19 +642,6 @@ def _signals(wishes: Any) -> Iterator[Any]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _print_new_lines(path: Path, offsets: dict[Path, int], *, prefix: str) -> None:
-    """Print the whole lines that `path` has gained."""
-    if not path.exists():
-        return
-    with path.open("rb") as f:
-        f.seek(offsets.get(path, 0))
-        content = f.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    offsets[path] = offsets.get(path, 0) + len(whole)
-    for line in whole.decode("utf-8", errors="replace").splitlines():
-        click.echo(f"{prefix}{line}")
 
 
 if __name__ == "__main__":

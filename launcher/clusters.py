@@ -1,19 +1,28 @@
 """A cluster name becomes a ClusterSpec: where a run's processes go, and what devices each has.
 
-Joining a gang that is already there (inside a SLURM step, on a TPU VM) is decided in `default`.
+Joining what is there already (a SLURM allocation) is decided in `default`.
 """
 
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import ValidationError
+
+from configs.clusters import SlurmCluster, files, named
 from configs.errors import UserError
 from configs.load import nearest
 from launcher import accelerators
+from launcher.place import Place
 
 KINDS = {
     "local": "one process here, with every GPU of this machine, or one CPU device",
     "local-P": "P processes here, one CPU device each",
     "local-PxD": "P processes here, D CPU devices each",
+    "slurm-NxG": "a SLURM job of N nodes with G GPUs each; G = 0: one CPU device each",
+    "NAME": "a SLURM cluster of clusters.yaml",
 }
 WITHOUT_ACCELERATOR = "local-2x2"
 MOST_LOCAL_DEVICES = 256
@@ -26,29 +35,114 @@ class ClusterSpec:
     """Which file of launcher/backends/ starts it."""
     platform: str
     """jax platform of its devices: cpu or gpu."""
+    hosts: int
     processes: int
     devices_per_process: int
+    submission: SlurmCluster | None = None
+    """What SLURM is asked for; None where the processes are started from here."""
 
 
 def default() -> ClusterSpec:
-    """What `launch` means without --cluster: all accelerators of this machine, or two CPU processes."""
+    """What `launch` means without --cluster: this SLURM allocation, all accelerators here, or two CPU processes."""
+    if "SLURM_JOB_ID" in os.environ:
+        return _allocation(os.environ)
     return resolve("local" if accelerators.num_nvidia_gpus() else WITHOUT_ACCELERATOR)
 
 
-def resolve(name: str) -> ClusterSpec:
-    """The cluster called `name`. Raises UserError, with the nearest valid name."""
+def resolve(name: str, sbatch: tuple[str, ...] = ()) -> ClusterSpec:
+    """The cluster called `name`, with further `option=value` of sbatch. Raises UserError, with the nearest name."""
+    spec = _local(name)
+    if spec is None:
+        return slurm(name, _with_options(_slurm_cluster(name), sbatch))
+    if sbatch:
+        raise UserError(f"--sbatch {sbatch[0]}: cluster {name} is no SLURM cluster; see `launch clusters`")
+    return spec
+
+
+def _local(name: str) -> ClusterSpec | None:
     if name == "local":
         return _this_machine()
     match = re.fullmatch(r"local-([0-9]{1,9})(?:x([0-9]{1,9}))?", name)
-    if not match:
-        known = [*KINDS, "local-2", "local-4", WITHOUT_ACCELERATOR]
-        raise UserError(f"cluster = {name}: unknown{nearest(name, known)} (there are: {', '.join(KINDS)})")
+    if match is None:
+        return None
     processes, devices = int(match[1]), int(match[2] or 1)
     if not 1 <= processes * devices <= MOST_LOCAL_DEVICES:
         raise UserError(
             f"cluster = {name}: {processes} × {devices} devices; allowed: 1 to {MOST_LOCAL_DEVICES} in all"
         )
-    return ClusterSpec(name, "local", "cpu", processes, devices)
+    return ClusterSpec(name, "local", "cpu", 1, processes, devices)
+
+
+def _slurm_cluster(name: str) -> SlurmCluster:
+    if match := re.fullmatch(r"slurm-([0-9]{1,6})x([0-9]{1,3})", name):
+        nodes, gpus = int(match[1]), int(match[2])
+        if not nodes:
+            raise UserError(f"cluster = {name}: 0 nodes; allowed: at least 1")
+        return SlurmCluster(nodes=nodes, gpus_per_node=gpus)
+    found = named()
+    if name in found:
+        return found[name]
+    examples = ["local-2", "local-4", WITHOUT_ACCELERATOR, "slurm-2x1", "slurm-4x8"]
+    raise UserError(
+        f"cluster = {name}: unknown{nearest(name, [*KINDS, *examples, *found])} "
+        f"(there are: {', '.join([*KINDS, *found])}; a NAME stands in {' or '.join(map(str, files()))})"
+    )
+
+
+def slurm(name: str, cluster: SlurmCluster, *, submit: bool = True) -> ClusterSpec:
+    """Its processes and devices, to be submitted or already here."""
+    tasks = cluster.tasks_per_node
+    return ClusterSpec(
+        name,
+        "slurm",
+        "gpu" if cluster.gpus_per_node else "cpu",
+        cluster.nodes,
+        cluster.nodes * tasks,
+        (cluster.gpus_per_node // tasks) or 1,
+        cluster if submit else None,
+    )
+
+
+def _with_options(cluster: SlurmCluster, options: tuple[str, ...]) -> SlurmCluster:
+    """`option=value` or `option` of the command line, over what the cluster has."""
+    given: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        given[key.removeprefix("--")] = value if equals else True
+    settings = cluster.model_dump() | {"sbatch": cluster.sbatch | given}
+    if "time" in given:  # one of them decides, and it is checked against save_minutes
+        settings["time"] = settings["sbatch"].pop("time")
+    try:
+        return SlurmCluster.model_validate(settings)
+    except ValidationError as e:
+        raise UserError(
+            f"--sbatch {' '.join(options)}: {e.errors()[0]['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _allocation(environment: Mapping[str, str]) -> ClusterSpec:
+    """The SLURM job in which `launch` was typed: all its nodes and GPUs."""
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError(
+            "this is one of several tasks of a SLURM step, and each would launch all of them; type "
+            "`launch` in the batch script, or `srun … launch worker CONFIG`"
+        )
+    nodes = int(environment["SLURM_JOB_NUM_NODES"])
+    # `gpu:8`, `a100:8` or `8`; where salloc leaves its shell on the login node, only the second is set.
+    gpus = environment.get("SLURM_GPUS_ON_NODE") or environment.get("SLURM_GPUS_PER_NODE") or "0"
+    num_gpus = int(gpus.rpartition(":")[2])
+    # As many tasks as GPUs is how one asks for a process on each.
+    tasks = environment.get("SLURM_NTASKS_PER_NODE")
+    per_gpu = num_gpus > 1 and tasks == str(num_gpus)
+    cluster = SlurmCluster(nodes=nodes, gpus_per_node=num_gpus, process_per="gpu" if per_gpu else "node")
+    return slurm(f"slurm-{nodes}x{num_gpus}", cluster, submit=False)
+
+
+def of_step(place: Place) -> ClusterSpec:
+    """The tasks of the SLURM step in which `launch worker` was started."""
+    gpus, tasks = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)), place.processes_per_node
+    name, platform = f"slurm-{len(place.nodes)}x{gpus}", "gpu" if gpus else "cpu"
+    return ClusterSpec(name, "slurm", platform, len(place.nodes), place.processes, (gpus // tasks) or 1)
 
 
 def _this_machine() -> ClusterSpec:
@@ -58,4 +152,4 @@ def _this_machine() -> ClusterSpec:
             f"cluster = local: this machine has {gpus} NVIDIA GPUs, but jax is installed without CUDA: "
             f"pip install 'podlaunch[cuda12]', or train on the CPU with --cluster {WITHOUT_ACCELERATOR}"
         )
-    return ClusterSpec("local", "local", "gpu" if gpus else "cpu", 1, gpus or 1)
+    return ClusterSpec("local", "local", "gpu" if gpus else "cpu", 1, 1, gpus or 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.architectures import num_parameters
+from configs.clusters import seconds
 from configs.errors import UserError
 from configs.schema import MeshConfig, RunConfig, num_examples
 from launcher.clusters import ClusterSpec
@@ -24,6 +25,7 @@ class Plan:
     cluster: str
     backend: str
     platform: str
+    hosts: int
     processes: int
     devices: int
     """In all."""
@@ -41,7 +43,10 @@ class Plan:
     config: dict[str, Any]
     """The RunConfig, with mesh.batch and train.steps resolved."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Commit and dirty flag of the code, versions of the packages."""
+    """Commit, dirty flag and digest of the code, versions of the packages."""
+    submission: dict[str, Any] | None = None
+    """The SlurmCluster that is asked for; None where the processes are started from here."""
+    max_restarts: int = 3
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -63,10 +68,11 @@ def make_plan(
     root: Path,
     config_file: Path,
     provenance: dict[str, Any],
+    max_restarts: int = 3,
 ) -> Plan:
     """Resolve and cross-check. Raises UserError with one line a problem."""
     mesh = _mesh(config.mesh, cluster)
-    problems = [*_batch_problems(config, mesh)]
+    problems = [*_batch_problems(config, mesh), *_submission_problems(cluster)]
     num_train = num_examples(config.data)[0]
     batch = config.train.batch_size
     steps = config.train.steps or math.ceil(config.train.epochs * num_train / batch)
@@ -99,6 +105,7 @@ def make_plan(
         cluster=cluster.name,
         backend=cluster.backend,
         platform=cluster.platform,
+        hosts=cluster.hosts,
         processes=cluster.processes,
         devices=cluster.processes * cluster.devices_per_process,
         devices_per_process=cluster.devices_per_process,
@@ -117,7 +124,19 @@ def make_plan(
         config_file=str(config_file),
         config=resolved,
         provenance=provenance,
+        submission=cluster.submission.model_dump(mode="json") if cluster.submission else None,
+        max_restarts=max_restarts,
     )
+
+
+def _submission_problems(cluster: ClusterSpec) -> list[str]:
+    asked = cluster.submission
+    if asked is None or asked.time is None or seconds(asked.time) > 60 * asked.save_minutes:
+        return []
+    return [
+        f'time = {asked.time} of cluster "{cluster.name}" is not above its save_minutes = {asked.save_minutes:g}, '
+        "the minutes before the limit at which the run begins to save; ask for more time, or lower save_minutes"
+    ]
 
 
 def _mesh(mesh: MeshConfig, cluster: ClusterSpec) -> dict[str, int]:

@@ -4,10 +4,13 @@ plan.json       the plan of the newest launch
 attempts.jsonl  a line an attempt that ended
 result.json     how the run ended
 hosts/H.json    the newest word of each process of the current attempt
+job             the SLURM job that the run is, or was last
+excluded-nodes  nodes that failed twice in that job
 checkpoints/ tensorboard/ logs/attempt-K/host-H.log
 .lock .id       held by its launcher; tells it apart from a run of the same name elsewhere
 """
 
+import errno
 import fcntl
 import json
 import re
@@ -65,6 +68,20 @@ class RunDirectory:
             write_atomically(self.path / "plan.json", plan.to_json())
 
     @contextmanager
+    def undone_if_refused(self) -> Iterator[None]:
+        """A UserError leaves nothing behind that was not there before."""
+        absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            yield
+        except UserError:
+            if absent:
+                shutil.rmtree(self.path, ignore_errors=True)
+            for folder in absent[1:]:
+                with suppress(OSError):  # somebody else's run is in it
+                    folder.rmdir()
+            raise
+
+    @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
@@ -74,13 +91,13 @@ class RunDirectory:
             ) from None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, patience_seconds: float = 0.25) -> Iterator[None]:
         """Hold the run for this launcher, before anything of it is written; the lock goes with the process."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             f = (self.path / ".lock").open("w")
         with f:
-            if not _flock(f):
+            if not _flock(f, patience_seconds):
                 raise UserError(
                     f"run {self.name} is running already; see `launch status {self.name}`, end it with "
                     f"`launch stop {self.name}`, or begin another with --name"
@@ -152,6 +169,32 @@ class RunDirectory:
     def write_report(self, process: int, report: dict[str, Any]) -> None:
         write_atomically(self.path / "hosts" / f"{process}.json", json.dumps(report))
 
+    def meeting(self, step: str) -> Path:
+        """Where process 0 of a step tells the others how to join it."""
+        return self.path / "hosts" / f"meeting-{step}"
+
+    # The job in which it runs, where there is a scheduler
+
+    def job(self) -> str | None:
+        return (_read(self.path / "job") or "").strip() or None
+
+    def begin(self, job: str | None) -> None:
+        """Before the first attempt of a launch: forget what was asked of the one before, and how it ended."""
+        self.clear_stop()
+        (self.path / "result.json").unlink(missing_ok=True)
+        self.write_job(job)
+
+    def write_job(self, job: str | None) -> None:
+        with self._writing():
+            write_atomically(self.path / "job", job or "")
+
+    def excluded_nodes(self) -> list[str]:
+        return (_read(self.path / "excluded-nodes") or "").split()
+
+    def exclude_nodes(self, nodes: list[str]) -> None:
+        with self._writing():
+            write_atomically(self.path / "excluded-nodes", "".join(f"{node}\n" for node in nodes))
+
     # Stop requests, which reach the launcher from any terminal
 
     def request_stop(self) -> None:
@@ -201,14 +244,22 @@ def runs(root: Path) -> list[RunDirectory]:
     return [RunDirectory(p.parent) for p in plans]
 
 
-def _flock(file: IO[str]) -> bool:
+def _flock(file: IO[str], patience_seconds: float) -> bool:
     """Take the lock. Some tries: `launch list` holds it, too, for the instant in which it looks."""
-    for _ in range(5):
-        with suppress(BlockingIOError):
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
+        except BlockingIOError:
+            pass
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return True  # some parallel file systems have no locks
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.05)
-    return False
 
 
 def _read(path: Path) -> str | None:

@@ -1,8 +1,8 @@
 """Attempts: start, watch, verdict, again or not. One file for all backends.
 
-A verdict is one of completed, stopped (by the user), preempted (by SIGTERM) and failed. A failure is
-tried again from the last checkpoint, unless it is the user's to mend (exit code 2) or certain to
-happen again.
+A verdict is one of completed, stopped (by the user), preempted (by SIGTERM, or to go on elsewhere) and
+failed. A failure is tried again from the last checkpoint, unless it is the user's to mend (exit code 2)
+or certain to happen again.
 """
 
 import signal
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.backends import Backend, Exit, Gang
+from launcher.backends import Exit, Gang, Starter
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
@@ -21,6 +21,11 @@ EXIT_DONE, EXIT_USER_ERROR, EXIT_SAVED, EXIT_STOPPED = 0, 2, 75, 130
 EXIT_CODES = {"completed": EXIT_DONE, "preempted": EXIT_SAVED, "stopped": EXIT_STOPPED, "failed": 1}
 POLL_SECONDS = 0.1
 TAIL_LINES = 12
+# jax aborts the processes whose peer is gone: the peer's own word may come a moment later.
+CONSEQUENCE = -signal.SIGABRT
+CAUSE_SECONDS = 2.0
+# Allocations in a row that ended before a checkpoint: another would, too.
+FRUITLESS = 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Failure:
     process: int
     host: str
     cause: str
-    """`exit code N` or the signal's name."""
+    """`exit code N`, the signal's name, `lost` or `not started`."""
     error: str
     """Last line of the traceback, or of the log."""
     step: int | None
@@ -58,31 +63,55 @@ Watch = Callable[[int, dict[str, Any]], None]
 
 
 def supervise(
-    plan: Plan, run: RunDirectory, backend: Backend, *, max_restarts: int, wishes: Wishes, watch: Watch,
+    plan: Plan, run: RunDirectory, backend: Starter, *, wishes: Wishes, watch: Watch,
     announce: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Run attempts until a final verdict; returns what it wrote to result.json."""
     begun = time.time()
-    restarts = 0
     _account_for_lost(run)
-    run.clear_stop()  # here alone: one that comes between two attempts counts
+    where = backend.ledger() | {"cluster": plan.cluster, "mesh": plan.mesh}
+    restarts = sum(1 for a in _attempts_of_job(run, where["job"]) if a["failure"])
     while True:
         number = run.begin_attempt()
         started = time.time()
         from_step = (run.checkpoint_steps() or [0])[-1]
         verdict, failure = _attempt(plan, run, backend.start(plan, run, number), number, wishes, watch)
         attempt = _ledger_line(run, number, started, time.time(), from_step, verdict, failure)
-        run.add_attempt(attempt | {"cluster": plan.cluster, "mesh": plan.mesh})
-        if failure is None or wishes.stop or not failure.retryable or restarts >= max_restarts:
+        run.add_attempt(attempt | where)
+        if failure is None or wishes.stop or not failure.retryable or restarts >= plan.max_restarts:
             break
         restarts += 1
+        if not backend.can_restart(plan, run):
+            announce(f"{describe(failure)}\nnot again on these hosts; the run is to go on elsewhere")
+            verdict = "preempted"
+            break
         announce(
             f"{describe(failure)}\n"
-            f"attempt {number + 1} from step {attempt['kept_step']} (restart {restarts} of {max_restarts})"
+            f"attempt {number + 1} from step {attempt['kept_step']} (restart {restarts} of {plan.max_restarts})"
         )
-    result = _result(plan, run, verdict, failure, time.time() - begun)
-    run.write_result(result)
-    return result
+    if verdict == "preempted" and _is_fruitless(_attempts_of_job(run, where["job"])):
+        announce(f"{FRUITLESS} attempts of this job were ended before a checkpoint: give it more time")
+        verdict = "failed"
+    return write_result(plan, run, verdict, failure, time.time() - begun)
+
+
+def exit_code(result: dict[str, Any]) -> int:
+    """With which `launch` ends."""
+    failure = result["failure"]
+    is_users = result["status"] == "failed" and failure is not None and failure["cause"] == "exit code 2"
+    return EXIT_USER_ERROR if is_users else EXIT_CODES[result["status"]]
+
+
+def _attempts_of_job(run: RunDirectory, job: str | None) -> list[dict[str, Any]]:
+    """Those before and after the job was requeued; none where there is no job."""
+    return [a for a in run.attempts() if job is not None and a.get("job") == job]
+
+
+def _is_fruitless(attempts: list[dict[str, Any]]) -> bool:
+    last = attempts[-FRUITLESS:]
+    return len(last) == FRUITLESS and all(
+        a["verdict"] == "preempted" and a["kept_step"] <= a["from_step"] for a in last
+    )
 
 
 def describe(failure: Failure | dict[str, Any]) -> str:
@@ -98,6 +127,8 @@ def _attempt(
     """Watch one gang to its end; nothing of it is left when this returns."""
     running = set(range(plan.processes))
     codes: list[int] = []
+    first: Exit | None = None
+    cause_until = 0.0
     asked = killed = False
     try:
         while running:
@@ -105,11 +136,16 @@ def _attempt(
             running -= {ended.process for ended in exits}  # all of them, before the first may end the attempt
             for ended in exits:
                 codes.append(ended.code)
-                if asked and ended.code == -signal.SIGTERM:
+                if ended.code == -signal.SIGTERM:
                     killed = True  # it had not begun to train: nothing to save, nobody to wait for
                 elif ended.code not in (EXIT_DONE, EXIT_SAVED) and not killed:
-                    gang.kill()
-                    return "failed", _failure(run, number, ended)
+                    if first is None:
+                        first, cause_until = ended, time.monotonic() + CAUSE_SECONDS
+                    elif first.code == CONSEQUENCE != ended.code:
+                        first = ended
+            if first and (first.code != CONSEQUENCE or time.monotonic() > cause_until or not running):
+                gang.kill()
+                return "failed", _failure(run, number, first)
             if run.stop_requested() and wishes.stop is None:
                 wishes.stop = "stopped"
             if wishes.stop and not asked:
@@ -124,7 +160,7 @@ def _attempt(
             running -= {ended.process for ended in gang.poll(POLL_SECONDS)}
     if all(code == EXIT_DONE for code in codes):
         return "completed", None
-    return wishes.stop or "preempted", None
+    return "stopped" if wishes.stop == "stopped" else gang.stopped_by(), None
 
 
 def _failure(run: RunDirectory, number: int, ended: Exit) -> Failure:
@@ -134,9 +170,9 @@ def _failure(run: RunDirectory, number: int, ended: Exit) -> Failure:
     code = ended.code
     return Failure(
         process=ended.process,
-        host=report.get("host", socket.gethostname()),
-        cause=f"exit code {code}" if code >= 0 else _signal_name(-code),
-        error=told.get("error") or (lines[-1] if lines else "its log is empty"),
+        host=ended.host or report.get("host", socket.gethostname()),
+        cause=ended.cause or (f"exit code {code}" if code >= 0 else _signal_name(-code)),
+        error=ended.error or told.get("error") or (lines[-1] if lines else "its log is empty"),
         step=told.get("step") or report.get("step"),
         lines=lines[-TAIL_LINES:],
         retryable=code != EXIT_USER_ERROR and told.get("retryable", True),
@@ -149,7 +185,10 @@ def _signal_name(number: int) -> str:
 
 
 def _tail(run: RunDirectory, attempt: int, process: int) -> list[str]:
-    text = run.log(attempt, process).read_text(encoding="utf-8", errors="replace")
+    try:
+        text = run.log(attempt, process).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # it was never started
+        return []
     return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
 
 
@@ -197,14 +236,15 @@ def _account_for_lost(run: RunDirectory) -> None:
     run.add_attempt(_ledger_line(run, number, started, ended, before, "launcher lost", None))
 
 
-def _result(
-    plan: Plan, run: RunDirectory, verdict: str, failure: Failure | None, wall_seconds: float
+def write_result(
+    plan: Plan, run: RunDirectory, verdict: str, failure: Failure | None = None, wall_seconds: float = 0.0
 ) -> dict[str, Any]:
+    """result.json, from what attempts and reports say."""
     report = run.report(0)
     outcome = report.get("outcome") or {}
     attempts = run.attempts()
-    step = outcome.get("step", attempts[-1]["kept_step"])
-    return {
+    step = outcome.get("step", attempts[-1]["kept_step"] if attempts else 0)
+    result = {
         "status": verdict,
         "step": step,
         "epoch": step / plan.steps_per_epoch,
@@ -215,6 +255,8 @@ def _result(
         "goodput": goodput(attempts),
         "failure": asdict(failure) if failure else None,
     }
+    run.write_result(result)
+    return result
 
 
 def goodput(attempts: list[dict[str, Any]]) -> dict[str, float]:

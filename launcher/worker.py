@@ -20,6 +20,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.files import cache_folder
 from launcher.plan import Plan
+from launcher.provenance import differences
 from launcher.rundir import RunDirectory
 
 BEGUN = time.time()
@@ -40,7 +41,7 @@ class Membership:
 def membership() -> Membership:
     """From LAUNCH_COORDINATOR, LAUNCH_PROCESSES and LAUNCH_PROCESS; one process where none is set.
 
-    Inside a SLURM step or on a TPU VM the place is derived from those, here, once their backends land.
+    In a SLURM step, launcher/host.py has set them.
     """
     names = ("LAUNCH_COORDINATOR", "LAUNCH_PROCESSES", "LAUNCH_PROCESS")
     values = [os.environ.get(name) for name in names]
@@ -144,6 +145,7 @@ def _work() -> int:
         if plan is None:
             raise UserError(f"LAUNCH_RUN = {directory}: there is no plan.json; use `launch`")
         reporter = Reporter(run, member)
+        _check_code(plan)
         return _train(plan, member, reporter)
     except UserError as e:
         _tell(reporter, e, retryable=False)
@@ -180,13 +182,12 @@ def _train(plan: Plan, member: Membership, reporter: Reporter) -> int:
     reporter(phase="joining")
     _configure(jax)
     if member.processes > 1:
-        host = (member.coordinator or "").rpartition(":")[0]
         jax.distributed.initialize(
             member.coordinator,
             member.processes,
             member.process,
             cluster_detection_method="deactivate",
-            coordinator_bind_address=member.coordinator if host == "127.0.0.1" else None,
+            coordinator_bind_address=member.coordinator,  # by default all interfaces
             initialization_timeout=INITIALIZATION_TIMEOUT_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
@@ -221,6 +222,14 @@ def _configure(jax: Any) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # Stop requests are agreed on in the step; jax's own service would take SIGTERM from us.
     jax.config.update("jax_enable_preemption_service", False)
+
+
+def _check_code(plan: Plan) -> None:
+    if found := differences(plan.provenance):
+        raise UserError(
+            f"{socket.gethostname()} does not have what this run was planned with: {'; '.join(found)}. Give all hosts "
+            "the same, then `launch` again; a run of days wants a checkout of its own (git worktree)"
+        )
 
 
 def _verify(plan: Plan, jax: Any) -> None:

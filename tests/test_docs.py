@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -462,13 +463,16 @@ def test_what_may_change_is_what_the_plan_lets_change():
 
 
 class _Failing:
-    """A backend whose one process ends with exit code 1."""
+    """A backend whose processes end with exit code 1."""
 
     def __init__(self) -> None:
         self._exits = [Exit(process, 1) for process in range(2)]
 
-    def render(self, plan: Plan) -> str:
-        return ""
+    def ledger(self) -> dict[str, Any]:
+        return {"job": None, "restart_count": None}
+
+    def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
+        return False
 
     def start(self, plan: Plan, run: RunDirectory, attempt: int) -> "_Failing":
         for exit_ in self._exits:
@@ -482,16 +486,18 @@ class _Failing:
 
     def kill(self) -> None: ...
 
+    def stopped_by(self) -> str:
+        return "preempted"
+
 
 def test_fields_of_attempts_and_result_are_those_written(desk: Path):
     run = RunDirectory(desk / "runs" / "quickstart")
     plan = run.plan()
     assert plan is not None
     supervise.supervise(
-        plan,
+        replace(plan, max_restarts=0),
         run,
         _Failing(),
-        max_restarts=0,
         wishes=supervise.Wishes(),
         watch=lambda *_: None,
         announce=print,

@@ -5,21 +5,46 @@ backend it has.
 """
 
 import importlib
+import queue
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-BACKENDS = {"local": "launcher.backends.local"}
+BACKENDS = {"local": "launcher.backends.local", "slurm": "launcher.backends.slurm"}
 
 
 @dataclass(frozen=True)
 class Exit:
-    """One process ended: its exit code, or minus the signal that killed it."""
+    """One process ended."""
 
     process: int
     code: int
+    """Its exit code, or minus the signal that killed it."""
+    host: str = ""
+    """Where it ran, if the backend knows."""
+    cause: str = ""
+    """What happened, where that is neither an exit code nor a signal."""
+    error: str = ""
+    """What the process itself had no chance to say."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run stands."""
+
+    word: str
+    """`queued`, `running`, `completed`, `stopped`, `preempted`, `failed`, or `interrupted`."""
+    detail: str = ""
+    """Why it waits, until when; or what the scheduler says of its end."""
+
+    @property
+    def is_active(self) -> bool:
+        return self.word in ("queued", "running")
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.detail}" if self.detail else self.word
 
 
 class Gang(Protocol):
@@ -37,14 +62,76 @@ class Gang(Protocol):
         """End what is left of the gang, at once."""
         ...
 
-
-class Backend(Protocol):
-    def render(self, plan: Plan) -> str:
-        """The files and commands that `start` would use, for reading. Pure; a dry run stops here."""
+    def stopped_by(self) -> str:
+        """Who had it save and end, if not the launcher: `stopped` by the user, or `preempted`."""
         ...
 
+
+class Starter(Protocol):
+    """What supervise.py needs of a backend."""
+
     def start(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang: ...
+
+    def ledger(self) -> dict[str, Any]:
+        """`job` and `restart_count` of where attempts run, for their ledger; nulls where there is no scheduler."""
+        ...
+
+    def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
+        """Whether these hosts can take another attempt after a failure. If not, the run is to go on elsewhere."""
+        ...
+
+
+class Backend(Starter, Protocol):
+    ASK_SECONDS: float
+    """`state` is not asked more often, unless the run directory has news."""
+
+    def render(self, plan: Plan) -> str:
+        """The files and commands that would be used, for reading. Pure; a dry run stops here."""
+        ...
+
+    def check(self, plan: Plan) -> None:
+        """Raises UserError where the plan cannot be started from here."""
+        ...
+
+    def state(self, run: RunDirectory) -> State: ...
+
+
+class Queue(Backend, Protocol):
+    """A backend that can have a plan run later, by a launcher in a job of its own."""
+
+    def submit(self, plan: Plan, run: RunDirectory) -> str:
+        """The id of the job. Raises UserError where the scheduler refuses it."""
+        ...
+
+    def cancel(self, run: RunDirectory) -> None:
+        """Take the job of a run out of the queue, or end it."""
+        ...
+
+    def go_on_later(self, plan: Plan, run: RunDirectory) -> str:
+        """Have the job in which this is called run once more; what was done, in words."""
+        ...
 
 
 def get(name: str) -> Backend:
     return cast(Backend, importlib.import_module(BACKENDS[name]))
+
+
+def queue_of(name: str) -> Queue:
+    return cast(Queue, get(name))
+
+
+def ended(run: RunDirectory) -> State:
+    """How a run stands whose launcher is gone, by its own record."""
+    result = run.result()
+    return State(result["status"] if result else "interrupted")
+
+
+def drain(items: "queue.SimpleQueue[Any]", timeout: float) -> list[Any]:
+    """What is in the queue; waits up to `timeout` seconds for the first."""
+    found = []
+    try:
+        found.append(items.get(timeout=timeout))
+        while True:
+            found.append(items.get_nowait())
+    except queue.Empty:
+        return found

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import configs
+from configs.clusters import named
 from configs.errors import UserError
 from configs.schema import json_schema
 from launcher.cli import _check_can_continue, main
@@ -21,7 +22,10 @@ from launcher.rundir import RunDirectory
 
 RECIPES = Path(configs.__file__).parent
 QUICKSTART = str(RECIPES / "quickstart.yaml")
-COMMANDS = ["clusters", "data", "list", "logs", "plan", "run", "schema", "status", "stop", "tensorboard"]
+COMMANDS = [
+    "attach", "clusters", "data", "list", "logs", "plan", "run", "schema", "status", "stop", "supervise",
+    "tensorboard", "worker",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +121,7 @@ def test_dry_run_shows_the_plan_and_its_commands():
         assert text in shown
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("[!c]*.yaml")), ids=lambda path: path.stem)
 def test_command_in_the_head_of_each_recipe_can_be_planned(path, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     command = re.search(r"^#   launch (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -478,6 +482,9 @@ def test_clusters_tells_the_kinds_and_the_default():
         "local",
         "local-P",
         "local-PxD",
+        "slurm-NxG",
+        "NAME",
+        *named(),
         "default",
     ]
     assert "local-2x2: 2 × 2 cpu" in result.stdout

@@ -16,7 +16,7 @@ def _no_accelerator(monkeypatch):
     [("local", 1, 1), ("local-1", 1, 1), ("local-4", 4, 1), ("local-2x3", 2, 3), ("local-16x16", 16, 16)],
 )
 def test_local_clusters(name, processes, devices):
-    assert resolve(name) == ClusterSpec(name, "local", "cpu", processes, devices)
+    assert resolve(name) == ClusterSpec(name, "local", "cpu", 1, processes, devices)
 
 
 def test_default_without_accelerator_is_two_processes_of_two_devices():
@@ -32,9 +32,9 @@ def test_default_without_accelerator_is_two_processes_of_two_devices():
         ("local-", "did you mean"),
         ("local-2x", "did you mean"),
         ("local--2", "did you mean"),
-        ("tpu-v4-32", "(there are: local, local-P, local-PxD)"),
-        ("local-" + "9" * 5000, "(there are: local, local-P, local-PxD)"),
-        ("", "(there are: local, local-P, local-PxD)"),
+        ("tpu-v4-32", "(there are: local, local-P, local-PxD, slurm-NxG, NAME"),
+        ("local-" + "9" * 5000, "(there are: local, local-P, local-PxD, slurm-NxG, NAME"),
+        ("", "(there are: local, local-P, local-PxD, slurm-NxG, NAME"),
     ],
 )
 def test_unknown_cluster_names_the_nearest_or_all(name, hint):

@@ -5,7 +5,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -38,6 +38,7 @@ class MemoryGang:
     logs: dict[int, str] = field(default_factory=dict)
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
     checkpoints: list[int] = field(default_factory=list)
+    stopper: str = "preempted"
     asked: int = 0
     killed: int = 0
 
@@ -69,6 +70,9 @@ class MemoryGang:
         self.killed += 1
         self._leave(-signal.SIGKILL)
 
+    def stopped_by(self) -> str:
+        return self.stopper
+
     def _leave(self, code: int) -> None:
         self._ended.extend(Exit(process, code) for process in sorted(self._alive))
         self._alive = set()
@@ -78,10 +82,15 @@ class MemoryGang:
 class MemoryBackend:
     gangs: list[MemoryGang]
     """One for each attempt."""
+    job: str | None = None
+    hosts_are_good: bool = True
     attempts: int = 0
 
-    def render(self, plan: Plan) -> str:
-        raise AssertionError("a run renders nothing")
+    def ledger(self) -> dict[str, Any]:
+        return {"job": self.job, "restart_count": 0 if self.job else None}
+
+    def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
+        return self.hosts_are_good
 
     def start(self, plan: Plan, run: RunDirectory, attempt: int) -> MemoryGang:
         gang = self.gangs[self.attempts]
@@ -101,17 +110,16 @@ class Supervised:
     on_watch: Callable[[], None] = lambda: None
     on_announce: Callable[[], None] = lambda: None
 
-    def __call__(self, *gangs: MemoryGang, max_restarts: int = 3) -> dict[str, Any]:
+    def __call__(self, *gangs: MemoryGang, max_restarts: int = 3, **backend: Any) -> dict[str, Any]:
         def announce(text: str) -> None:
             self.said.append(text)
             self.on_announce()
 
-        self.backend = MemoryBackend(list(gangs))
+        self.backend = MemoryBackend(list(gangs), **backend)
         result = supervise(
-            self.plan,
+            replace(self.plan, max_restarts=max_restarts),
             self.run,
             self.backend,
-            max_restarts=max_restarts,
             wishes=self.wishes,
             watch=lambda attempt, report: self.on_watch(),
             announce=announce,
@@ -145,6 +153,68 @@ def attempt(from_step: int, reached: int, kept: int, wall: float, **seconds: flo
 
 
 # Verdicts
+
+
+def test_who_stopped_a_gang_that_was_not_asked_is_the_backends_to_say(supervised):
+    saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
+    assert supervised(MemoryGang(saved, stopper="stopped"))["status"] == "stopped"
+
+
+def test_worker_ended_by_sigterm_before_training_is_preempted_not_failed(supervised):
+    gang = MemoryGang([Exit(1, -signal.SIGTERM)])
+    assert supervised(gang)["status"] == "preempted"
+    assert gang.killed
+
+
+def test_peers_that_jax_aborts_are_not_the_cause(supervised):
+    ends = [Exit(0, -signal.SIGABRT), Exit(1, -signal.SIGKILL)]
+    failure = supervised(MemoryGang(ends), max_restarts=0)["failure"]
+    assert (failure["process"], failure["cause"]) == (1, "SIGKILL")
+
+
+def test_abort_without_another_cause_is_the_cause(supervised):
+    ends = [Exit(0, -signal.SIGABRT), Exit(1, -signal.SIGABRT)]
+    failure = supervised(MemoryGang(ends), max_restarts=0)["failure"]
+    assert (failure["process"], failure["cause"]) == (0, "SIGABRT")
+
+
+def test_what_the_backend_knows_of_an_end_goes_before_the_log(supervised):
+    lost = Exit(1, 1, host="n2", cause="lost", error="nothing was heard of n2 for 20 s")
+    failure = supervised(MemoryGang([lost], logs={1: "noise"}), max_restarts=0)["failure"]
+    assert (failure["host"], failure["cause"], failure["error"]) == ("n2", "lost", lost.error)
+
+
+# In a job
+
+
+def test_hosts_that_take_no_other_attempt_have_the_run_go_on_elsewhere(supervised):
+    result = supervised(MemoryGang(CRASH), job="7", hosts_are_good=False)
+    assert (result["status"], result["failure"]["process"]) == ("preempted", 1)
+    assert "go on elsewhere" in supervised.said[0]
+
+
+def test_restarts_are_counted_over_the_requeues_of_a_job_and_anew_for_the_next(supervised):
+    supervised(MemoryGang(CRASH), job="7", hosts_are_good=False, max_restarts=1)
+    assert supervised(MemoryGang(CRASH), job="7", max_restarts=1)["status"] == "failed"
+    gangs = MemoryGang(CRASH), MemoryGang(COMPLETE)
+    assert supervised(*gangs, job="8", max_restarts=1)["status"] == "completed"
+    assert [a["job"] for a in supervised.run.attempts()] == ["7", "7", "8", "8"]
+
+
+def test_job_that_never_comes_to_a_checkpoint_is_not_requeued_for_ever(supervised):
+    saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
+    ends = [supervised(MemoryGang(saved), job="7")["status"] for _ in range(3)]
+    assert ends == ["preempted", "preempted", "failed"]
+    assert "give it more time" in supervised.said[-1]
+
+
+def test_progress_between_requeues_makes_a_job_go_on(supervised):
+    saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
+    for step in (5, 10, 15, 20):
+        assert supervised(MemoryGang(saved, checkpoints=[step]), job="7")["status"] == "preempted"
+
+
+# Failures and restarts
 
 
 def test_all_processes_done_is_completed(supervised):
@@ -310,8 +380,15 @@ def test_stop_before_training_has_begun_waits_for_nobody(supervised):
 
 def test_stop_request_of_an_earlier_launch_is_forgotten(supervised):
     supervised.run.request_stop()
+    supervised.run.begin(job=None)
     gang = MemoryGang(COMPLETE)
     assert (supervised(gang)["status"], gang.asked) == ("completed", 0)
+
+
+def test_stop_request_that_comes_before_the_job_begins_is_heard(supervised):
+    supervised.run.begin(job="7")
+    supervised.run.request_stop()
+    assert supervised(MemoryGang(), job="7")["status"] == "stopped"
 
 
 def test_stop_asked_for_between_two_attempts_is_heard(supervised):

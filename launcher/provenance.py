@@ -1,0 +1,65 @@
+"""Which code and which packages these are: recorded in the plan, and compared with it by each worker."""
+
+import contextlib
+import hashlib
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+HOME = Path(__file__).parent.parent
+ROOMS = ("configs", "launcher", "models", "trainer")
+PACKAGES = ("podlaunch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def provenance() -> dict[str, Any]:
+    """Commit and dirty flag where this is a checkout, and what `here` says."""
+    changes = _git("status", "--porcelain")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        **here(),
+    }
+
+
+def here() -> dict[str, Any]:
+    """What must be the same on every host: a digest of the code, and the versions."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"code": _digest(), "python": sys.version.split()[0], "packages": versions}
+
+
+def differences(planned: dict[str, Any]) -> list[str]:
+    """In what this host differs from the one where `planned` was recorded, in words."""
+    mine = here()
+    found = []
+    if planned.get("code", mine["code"]) != mine["code"]:
+        found.append(f"code {mine['code'][:12]} in {HOME}, planned {planned['code'][:12]}")
+    if planned.get("python", mine["python"]) != mine["python"]:
+        found.append(f"Python {mine['python']}, planned {planned['python']}")
+    packages, versions = planned.get("packages", mine["packages"]), mine["packages"]
+    for package in sorted(packages.keys() | versions.keys()):
+        there, now = packages.get(package, "none"), versions.get(package, "none")
+        if there != now:
+            found.append(f"{package} {now}, planned {there}")
+    return found
+
+
+def _digest() -> str:
+    """SHA-256 over the names and contents of the code."""
+    digest = hashlib.sha256()
+    for file in sorted(file for room in ROOMS for file in (HOME / room).rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(HOME)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> str | None:
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["git", "-C", str(HOME), *arguments], capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return None

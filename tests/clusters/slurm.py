@@ -1,0 +1,221 @@
+"""A real SLURM of four nodes on this machine: network namespaces, munge, slurmctld and a slurmd a node.
+
+Everything lives in one folder and in namespaces of its own; nothing of the machine's configuration is
+read or written. The nodes share this machine's files, but for /etc/hosts and one folder that stands for
+each node's local disk. `python -m tests.clusters.slurm` raises it until Enter is pressed.
+"""
+
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+NODES = ("n1", "n2", "n3", "n4")
+BRIDGE, NETWORK = "podlaunch0", "10.77.0"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
+READY_SECONDS = 60
+
+CONF = """\
+ClusterName=podlaunch
+SlurmctldHost=ctl({network}.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+KillWait=20
+SlurmdTimeout=3600
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmdParameters=config_overrides
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+GresTypes=gpu
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=scavenge Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL GraceTime=0
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+PartitionName=short Nodes=ALL MaxTime=2 PriorityTier=1
+"""
+
+
+def missing() -> str | None:
+    """Why it cannot be raised here, or None."""
+    if os.geteuid() != 0:
+        return "only root may make network namespaces"
+    absent = [program for program in PROGRAMS if not shutil.which(program)]
+    return (
+        f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge iproute2)" if absent else None
+    )
+
+
+class Slurm:
+    """The running cluster, as its login node sees it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.local_disk = folder / "local-disk"
+        """A folder that is another one on each node and on the login node."""
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    # Raise and end
+
+    def raise_(self) -> None:
+        for name in ("state", "local-disk"):
+            (self.folder / name).mkdir()
+        self._munge()
+        self._network()
+        self._write_configuration()
+        self._start("slurmctld", ["unshare", "--uts", "sh", "-c", "hostname ctl; exec slurmctld -D -c -i"])
+        for node in NODES:
+            self.start_node(node)
+        self.wait_until_idle()
+
+    def end(self) -> None:
+        for daemon in reversed(self._daemons.values()):
+            daemon.kill()
+            daemon.wait()
+        for node in NODES:
+            for pid in self._ip("netns", "pids", _namespace(node)).split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), 9)
+            self._ip("netns", "delete", _namespace(node))
+        self._ip("link", "delete", BRIDGE)
+
+    def _munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        self.folder.chmod(0o755)  # munge wants its socket to be within everybody's reach
+        self._start(
+            "munged",
+            ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.socket",
+             f"--pid-file={self.folder}/munged.pid", f"--log-file={self.folder}/munged.log",
+             f"--seed-file={self.folder}/munge.seed"],
+        )  # fmt: skip
+
+    def _network(self) -> None:
+        self._ip("link", "add", BRIDGE, "type", "bridge", check=True)
+        self._ip("address", "add", f"{NETWORK}.1/24", "dev", BRIDGE, check=True)
+        self._ip("link", "set", BRIDGE, "up", check=True)
+        for number, node in enumerate(NODES, start=11):
+            space, veth = _namespace(node), f"podlaunch-{node}"
+            self._ip("netns", "add", space, check=True)
+            self._ip("link", "add", veth, "type", "veth", "peer", "eth0", "netns", space, check=True)
+            self._ip("link", "set", veth, "master", BRIDGE, "up", check=True)
+            self._ip("-n", space, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0", check=True)
+            for device in ("lo", "eth0"):
+                self._ip("-n", space, "link", "set", device, "up", check=True)
+
+    def _write_configuration(self) -> None:
+        nodes = "\n".join(
+            f"NodeName={node} NodeAddr={NETWORK}.{number} CPUs=2 RealMemory=4000 Gres=gpu:2"
+            for number, node in enumerate(NODES, start=11)
+        )
+        conf = CONF.format(network=NETWORK, folder=self.folder, nodes=nodes)
+        (self.folder / "slurm.conf").write_text(conf)
+        (self.folder / "gres.conf").write_text(f"NodeName=n[1-4] Name=gpu File={self.folder}/gpu[0-1]\n")
+        for gpu in range(2):  # device files are all that SLURM looks at
+            os.mknod(self.folder / f"gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        hosts = [f"{NETWORK}.{number} {node}" for number, node in enumerate(NODES, start=11)]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{NETWORK}.1 ctl", *hosts, ""]))
+
+    def start_node(self, node: str) -> None:
+        # Not `ip netns exec`: it mounts /sys anew, and slurmd then finds no cgroups.
+        script = (
+            'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount -t tmpfs local "$2/local-disk"; '
+            'exec slurmd -D -N "$1" -f "$2/slurm.conf"'
+        )
+        self._start(
+            node,
+            ["nsenter", f"--net=/run/netns/{_namespace(node)}", "unshare", "--uts", "--mount",
+             "sh", "-c", script, "sh", node, str(self.folder)],
+        )  # fmt: skip
+
+    def _start(self, name: str, command: list[str]) -> None:
+        with (self.folder / f"{name}.output").open("ab") as output:
+            self._daemons[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environment,
+                start_new_session=True,
+            )
+
+    # Use
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """What a command prints on the login node."""
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.environment)
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def wait_until_idle(self) -> None:
+        """All nodes are up, and no job is left."""
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            states = self.run(
+                "sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", check=False
+            ).split()
+            if states == ["idle"] * len(NODES) and not self.run("squeue", "--noheader", check=False).strip():
+                return
+            assert time.monotonic() < deadline, f"nodes are {states}: see {self.folder}"
+            time.sleep(0.1)
+
+    def cut_off(self, node: str) -> None:
+        """Take the node off the network; what runs there runs on."""
+        self._ip("link", "set", f"podlaunch-{node}", "down", check=True)
+
+    def reconnect(self, node: str) -> None:
+        self._ip("link", "set", f"podlaunch-{node}", "up", check=True)
+
+    def on_node(self, node: str, *command: str) -> str:
+        """Run a command on a node, in its namespaces."""
+        pid = self._daemons[node].pid
+        return self.run("nsenter", f"--target={pid}", "--net", "--uts", "--mount", *command)
+
+    @staticmethod
+    def _ip(*arguments: str, check: bool = False) -> str:
+        return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True).stdout
+
+
+def _namespace(node: str) -> str:
+    return f"podlaunch-{node}"
+
+
+@contextmanager
+def raised() -> Iterator[Slurm]:
+    with tempfile.TemporaryDirectory(prefix="podlaunch-slurm-", ignore_cleanup_errors=True) as folder:
+        slurm = Slurm(Path(folder))
+        try:
+            slurm.raise_()
+            yield slurm
+        finally:
+            slurm.end()
+
+
+if __name__ == "__main__":
+    if reason := missing():
+        raise SystemExit(reason)
+    with raised() as slurm:
+        print(f"export SLURM_CONF={slurm.environment['SLURM_CONF']}", flush=True)
+        input()
