@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs.clusters import SlurmCluster
 from configs.errors import UserError
 from launcher import accelerators
 from launcher.place import Place, address, hold_port, in_slurm_step
@@ -72,12 +71,15 @@ class Host:
         self._port: socket.socket | None = None
 
     def start(self, attempt: int | None = None) -> None:
-        """Meet the others and start the worker. Process 0 knows the attempt; the others need not."""
-        plan = self._plan() if self.place.process == 0 else None
-        attempt, coordinator = (
-            self._call(plan, attempt) if plan is not None and attempt is not None else self._listen()
-        )
-        plan = plan or self._plan()
+        """Meet the others and start the worker. Without an `attempt`, process 0 has yet to begin one."""
+        if attempt is not None:
+            self._check_visible(attempt)
+        if self.place.process == 0:
+            assert attempt is not None
+            attempt, coordinator = self._call(attempt)
+        else:
+            attempt, coordinator = self._listen()
+        plan = self._plan()
         environment = worker_environment(plan, self.place.process, coordinator) | _devices(plan, self.place)
         with self._lock:
             try:
@@ -107,21 +109,24 @@ class Host:
 
     def _plan(self) -> Plan:
         plan = self._run.plan()
-        if plan is None:
+        assert plan is not None  # written before the attempt began
+        return plan
+
+    def _check_visible(self, attempt: int) -> None:
+        # A directory of the same name may be left on this host's own disk.
+        if not self._run.logs(attempt).is_dir():
             raise UserError(
                 f"run directory {self._run.path} is not visible on {self.place.node}: it must be on a file "
                 "system that all nodes share; choose another place with --root"
             )
-        return plan
 
     # Where the processes of a step meet: a file that process 0 fills
 
     def _meeting(self) -> Path:
         return self._run.meeting(f"{self.place.step}.{self.place.restart}")
 
-    def _call(self, plan: Plan, attempt: int) -> tuple[int, str]:
-        interface = SlurmCluster.model_validate(plan.submission).interface if plan.submission else None
-        host = address(self.place, interface)
+    def _call(self, attempt: int) -> tuple[int, str]:
+        host = address(self.place, os.environ.get("LAUNCH_INTERFACE"))
         self._port = hold_port(host)
         coordinator = f"{host}:{self._port.getsockname()[1]}"
         with self._meeting().open("a", encoding="utf-8") as f:

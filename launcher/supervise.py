@@ -35,7 +35,7 @@ class Failure:
     process: int
     host: str
     cause: str
-    """`exit code N`, the signal's name, `lost` or `not started`."""
+    """`exit code N`, the signal's name, or the backend's word: `lost`, `not started`, `srun failed`."""
     error: str
     """Last line of the traceback, or of the log."""
     step: int | None

@@ -35,13 +35,13 @@ class State:
     """How a run stands."""
 
     word: str
-    """`queued`, `running`, `completed`, `stopped`, `preempted`, `failed`, or `interrupted`."""
+    """`queued`, `running`, `completed`, `stopped`, `preempted`, `failed`, `interrupted`, or `unknown` for now."""
     detail: str = ""
     """Why it waits, until when; or what the scheduler says of its end."""
 
     @property
     def is_active(self) -> bool:
-        return self.word in ("queued", "running")
+        return self.word in ("queued", "running", "unknown")
 
     def __str__(self) -> str:
         return f"{self.word}: {self.detail}" if self.detail else self.word

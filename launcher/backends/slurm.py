@@ -22,7 +22,7 @@ from configs.clusters import SlurmCluster, seconds
 from configs.errors import UserError
 from configs.files import write_atomically
 from launcher.backends import Exit, State, drain, ended
-from launcher.host import Host
+from launcher.host import HEARTBEAT_SECONDS, Host
 from launcher.place import Place, hostnames
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
@@ -55,8 +55,8 @@ def render(plan: Plan) -> str:
             "#!/bin/bash",
             *(f"#SBATCH {option}" for option in _flags(_options(plan, cluster))),
             "",
-            *(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()),
             *cluster.setup,
+            *(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()),
             "# Starts and watches the workers on all nodes. Saved and not yet done, it requeues this job.",
             f"exec {shlex.join(supervise)}",
             "",
@@ -166,9 +166,11 @@ def state(run: RunDirectory) -> State:
     result, job = run.result(), run.job()
     if job is None or (result and result["status"] in ("completed", "failed", "stopped")):
         return ended(run)
+    if not shutil.which("squeue"):
+        return State("unknown", f"job {job}; there is no squeue on this machine")
     asked = _ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%S|%B")
     if asked.returncode and "Invalid job id" not in asked.stderr:
-        return State("unknown", f"squeue does not answer: {_words(asked.stderr)}")
+        return State("unknown", f"job {job}; squeue does not answer: {_words(asked.stderr)}")
     if asked.returncode or not asked.stdout.strip():
         return _accounted(run, job)
     word, reason, start, host = asked.stdout.splitlines()[0].split("|")
@@ -214,6 +216,10 @@ def cancel(run: RunDirectory) -> None:
 
 def check(plan: Plan) -> None:
     """Raises UserError where this job would be over before it could save."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UserError(
+            "this is no SLURM job: `launch supervise` belongs into a batch script; type `launch CONFIG`"
+        )
     limit, lead = _time("%l"), 60 * _cluster(plan).save_minutes
     if limit <= lead:
         raise UserError(
@@ -223,14 +229,15 @@ def check(plan: Plan) -> None:
 
 
 def ledger() -> dict[str, Any]:
-    return {"job": _job(), "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
+    job, count = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", 0)
+    return {"job": job, "restart_count": int(count) if job else None}
 
 
 def can_restart(plan: Plan, run: RunDirectory) -> bool:
     """Not without time to train and save, nor on a node that failed twice."""
     failures = [a["failure"] for a in run.attempts() if a["failure"] and a.get("job") == _job()]
     # An exit code is the program's own; what kills it, or keeps it from starting, may be the node's.
-    counts = Counter(f["host"] for f in failures if not f["cause"].startswith("exit code"))
+    counts = Counter(f["host"] for f in failures if not f["cause"].startswith(("exit code", "srun")))
     bad = [host for host, count in counts.items() if count >= FAILURES_OF_A_BAD_NODE]
     run.exclude_nodes(bad)
     here = set(_nodes()) & set(bad)
@@ -284,6 +291,8 @@ def _srun(plan: Plan, attempt: int) -> list[str]:
         # A process may use all CPUs of its task; what is left of the attempt before is no reason to wait.
         "cpu-bind": "none",
         "overlap": True,
+        "distribution": "block",
+        "export": "ALL",
         "mpi": "none",
         # Ours to do, in a second: srun would first wait for what cannot end by itself.
         "kill-on-bad-exit": "0",
@@ -300,6 +309,11 @@ def _srun(plan: Plan, attempt: int) -> list[str]:
     return ["srun", *flags, python, "-P", "-m", "launcher.host", plan.run_directory, str(attempt)]
 
 
+def _interface(plan: Plan) -> dict[str, str]:
+    interface = _cluster(plan).interface
+    return {"LAUNCH_INTERFACE": interface} if interface else {}
+
+
 class SrunGang:
     """A step of this job: a task a process, each with a launcher.host that tells how its worker does."""
 
@@ -310,6 +324,7 @@ class SrunGang:
         self._heard: dict[int, float] = {}
         self._step: str | None = None
         self._killed: float | None = None
+        self._polled = self._begun
         self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._last_words = ""
         self._log = (run.logs(attempt) / "srun.log").open("ab")
@@ -318,13 +333,14 @@ class SrunGang:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=os.environ | _interface(plan),
             start_new_session=True,
         )
         threading.Thread(target=self._wait, daemon=True).start()
 
     def poll(self, timeout: float) -> list[Exit]:
         exits = [e for news in drain(self._news, timeout) for e in self._exits(news)]
-        exits += self._silent()
+        exits += self._silent(timeout)
         if self._killed and time.monotonic() - self._killed > KILL_SECONDS and self._srun.poll() is None:
             self._force()
         return exits
@@ -410,7 +426,7 @@ class SrunGang:
     def _exits(self, news: dict[str, Any]) -> list[Exit]:
         if "ended" in news:
             started = [p for p in self._running if p in self._heard]
-            causes = {p: "" if p in started else "not started" for p in sorted(self._running)}
+            causes = {p: "" if p in started else "srun failed" for p in sorted(self._running)}
             return [self._exit(p, news["ended"] or 1, cause, self._last_words) for p, cause in causes.items()]
         process = news["process"]
         if "host" in news:
@@ -424,9 +440,14 @@ class SrunGang:
         self._running.discard(process)
         return Exit(process, code, self._nodes[process], cause, error)
 
-    def _silent(self) -> list[Exit]:
+    def _silent(self, timeout: float) -> list[Exit]:
         """The first process whose host is not heard any more: cut off, or frozen."""
         now = time.monotonic()
+        missed = now - self._polled - timeout
+        self._polled = now
+        if missed > HEARTBEAT_SECONDS:  # we were frozen ourselves, as in a suspended job
+            self._begun += missed
+            self._heard = {process: heard + missed for process, heard in self._heard.items()}
         for process in sorted(self._running, key=lambda p: self._heard.get(p, self._begun)):
             heard = self._heard.get(process)
             silent = now - (heard or self._begun)
@@ -473,7 +494,7 @@ class InStep:
         return StepGang(Host(self._place, run), attempt, plan.processes)
 
     def ledger(self) -> dict[str, Any]:
-        return {"job": _job(), "restart_count": self._place.restart}
+        return ledger()
 
     def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
         return False

@@ -147,7 +147,10 @@ class Run:
         return json.loads((self.path / "result.json").read_text())
 
     def attempts(self) -> list[dict]:
-        return [json.loads(line) for line in (self.path / "attempts.jsonl").read_text().splitlines()]
+        try:
+            return [json.loads(line) for line in (self.path / "attempts.jsonl").read_text().splitlines()]
+        except FileNotFoundError:
+            return []
 
     def report(self, process: int = 0) -> dict:
         try:

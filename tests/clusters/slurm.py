@@ -59,6 +59,8 @@ def missing() -> str | None:
     """Why it cannot be raised here, or None."""
     if os.geteuid() != 0:
         return "only root may make network namespaces"
+    if Path(f"/sys/class/net/{BRIDGE}").exists():
+        return f"its network {BRIDGE} is there already; end what raised it, or `ip link delete {BRIDGE}`"
     absent = [program for program in PROGRAMS if not shutil.which(program)]
     return (
         f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge iproute2)" if absent else None
