@@ -3,9 +3,9 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from configs.errors import UserError
 from configs.load import load_entries
@@ -124,6 +124,12 @@ class SlurmCluster(Section):
     save_minutes: Annotated[float, Field(ge=0.5, le=600)] = 5.0
     """Minutes before the time limit at which the run begins to save. SLURM may be up to one minute early."""
 
+    @model_validator(mode="after")
+    def _has_gpus_for_its_processes(self) -> Self:
+        if self.process_per == "gpu" and not self.gpus_per_node:
+            raise ValueError("process_per = gpu needs gpus_per_node above 0")
+        return self
+
     @property
     def tasks_per_node(self) -> int:
         return self.gpus_per_node if self.process_per == "gpu" else 1
@@ -144,7 +150,5 @@ def named() -> dict[str, SlurmCluster]:
         for name, cluster in load_entries(file, SlurmCluster).items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise UserError(f"{file}: {name!r}: a cluster's name has letters, digits, dots and dashes")
-            if cluster.process_per == "gpu" and not cluster.gpus_per_node:
-                raise UserError(f"{file}: {name}.process_per = gpu needs {name}.gpus_per_node above 0")
             found.setdefault(name, cluster)
     return found

@@ -165,7 +165,8 @@ def _explain(
     if error["type"] == "value_error" and known and not _section(model, loc[-1]):  # a validator of one field
         return [f"{line}: {key} = {_show(error['input'])}: {text}"]
     if error["type"] == "value_error":  # a validator of a section, whose lines begin with their keys
-        return [f"{_line_of(problem, where, path)}: {problem}" for problem in text.split("\n")]
+        prefix = f"{owner}." if owner else ""
+        return [f"{_line_of(problem, where, path)}: {prefix}{problem}" for problem in text.split("\n")]
     if error["type"] == "invalid_key":
         return [f"{line}: {_show(error['input'])} cannot be a key; keys are names, such as batch_size"]
     if error["type"] == "missing" and _section(model, loc[-1]):

@@ -80,7 +80,9 @@ class Host:
         else:
             attempt, coordinator = self._listen()
         plan = self._plan()
-        environment = worker_environment(plan, self.place.process, coordinator) | _devices(plan, self.place)
+        environment = worker_environment(plan, self.place.process, coordinator) | devices(
+            plan, self.place, accelerators.num_nvidia_gpus()
+        )
         with self._lock:
             try:
                 self._worker = start_worker(plan, self._run, attempt, environment)
@@ -153,11 +155,14 @@ class Host:
         )
 
 
-def _devices(plan: Plan, place: Place) -> dict[str, str]:
-    """Which GPUs of the node are the process's: jax by itself would take one in each process of a SLURM step."""
+def devices(plan: Plan, place: Place, visible: int) -> dict[str, str]:
+    """Which of the `visible` GPUs are the process's: jax by itself would take one in each process of a step.
+
+    SLURM shows each process all GPUs of its node, or its own alone.
+    """
     if plan.platform == "cpu":
         return {}
-    visible, wanted = accelerators.num_nvidia_gpus(), plan.devices_per_process
+    wanted = plan.devices_per_process
     if visible == wanted:
         first = 0
     elif visible == wanted * place.processes_per_node:

@@ -502,3 +502,38 @@ def test_schema_that_cannot_be_written_is_told():
 
 def test_version():
     assert re.fullmatch(r"launch, version \d+\.\d+\.\d+\n", launch("--version").stdout)
+
+
+# SLURM, where there is none
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", QUICKSTART, "--requeue"], "--requeue: this is no SLURM job"),
+        (["run", QUICKSTART, "--detach"], "--detach: cluster local-2x2 has no queue"),
+        (
+            ["run", QUICKSTART, "--sbatch", "time=3"],
+            "--sbatch time=3: without --cluster nothing is submitted",
+        ),
+        (["worker", QUICKSTART], "launch worker: this is no task of a SLURM step"),
+        (["supervise", "/nowhere/run"], "run directory /nowhere/run is not visible on"),
+    ],
+)
+def test_what_belongs_into_a_job_is_refused_outside(root, arguments, told):
+    assert_refused(launch(*arguments), told)
+    assert not root.exists()
+
+
+def test_script_is_shown_by_a_dry_run_and_nothing_is_made(root):
+    result = launch("--cluster", "slurm-4x0", QUICKSTART, "--dry-run", "--sbatch", "partition=debug")
+    assert result.exit_code == 0
+    assert "\n#!/bin/bash\n#SBATCH --job-name=quickstart\n" in result.stdout
+    assert "#SBATCH --partition=debug\n" in result.stdout
+    assert not root.exists()
+
+
+def test_time_limit_below_the_time_to_save_is_refused(root):
+    result = launch("--cluster", "slurm-4x0", QUICKSTART, "--sbatch", "time=5")
+    assert_refused(result, 'time = 5 of cluster "slurm-4x0" is not above its save_minutes = 5')
+    assert not root.exists()

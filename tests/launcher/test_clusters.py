@@ -2,8 +2,10 @@
 
 import pytest
 
+from configs.clusters import SlurmCluster
 from configs.errors import UserError
-from launcher.clusters import ClusterSpec, default, resolve
+from launcher.clusters import ClusterSpec, default, of_step, resolve, slurm
+from launcher.place import Place
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +50,82 @@ def test_unknown_cluster_names_the_nearest_or_all(name, hint):
 def test_no_processes_and_too_many_are_refused_with_what_is_allowed(name):
     with pytest.raises(UserError, match="allowed: 1 to 256"):
         resolve(name)
+
+
+# SLURM
+
+ALLOCATION = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "4"}
+
+
+def test_slurm_by_nodes_and_gpus():
+    spec = resolve("slurm-4x8")
+    assert (spec.backend, spec.platform, spec.hosts, spec.processes, spec.devices_per_process) == (
+        "slurm", "gpu", 4, 4, 8,
+    )  # fmt: skip
+    assert spec.submission == SlurmCluster(nodes=4, gpus_per_node=8)
+
+
+def test_slurm_without_gpus_has_a_cpu_device_a_node():
+    spec = resolve("slurm-3x0")
+    assert (spec.platform, spec.processes, spec.devices_per_process) == ("cpu", 3, 1)
+
+
+def test_a_process_a_gpu():
+    spec = slurm("x", SlurmCluster(nodes=2, gpus_per_node=4, process_per="gpu"))
+    assert (spec.hosts, spec.processes, spec.devices_per_process) == (2, 8, 1)
+
+
+def test_options_of_sbatch_come_over_what_the_cluster_has():
+    spec = resolve("slurm-2x1", ("partition=debug", "exclusive", "time=2:00:00"))
+    assert spec.submission.sbatch == {"partition": "debug", "exclusive": True}
+    assert spec.submission.time == "2:00:00"
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "told"),
+    [
+        ("slurm-2x1", "nodes=3", "--sbatch nodes=3: nodes is decided by podlaunch"),
+        ("slurm-2x1", "p=debug=1 x", None),
+        ("slurm-2x1", "Partition=x", "'Partition' is no option"),
+        ("slurm-2x1", "time=soon", "must be minutes"),
+        ("local-2", "time=3", "cluster local-2 is no SLURM cluster"),
+        ("slurm-0x1", "time=3", "0 nodes; allowed: at least 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(name, option, told):
+    if told is None:  # sbatch decides on what only it knows
+        assert resolve(name, (option,)).submission.sbatch == {"p": "debug=1 x"}
+        return
+    with pytest.raises(UserError, match=told):
+        resolve(name, (option,))
+
+
+@pytest.mark.parametrize(
+    ("variables", "name", "processes", "devices"),
+    [
+        ({}, "slurm-4x0", 4, 1),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "slurm-4x8", 4, 8),
+        ({"SLURM_GPUS_PER_NODE": "a100:8"}, "slurm-4x8", 4, 8),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "8"}, "slurm-4x8", 32, 1),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1"}, "slurm-4x8", 4, 8),
+    ],
+)
+def test_in_an_allocation_the_default_is_all_of_it(monkeypatch, variables, name, processes, devices):
+    for key, value in (ALLOCATION | variables).items():
+        monkeypatch.setenv(key, value)
+    spec = default()
+    assert (spec.name, spec.processes, spec.devices_per_process) == (name, processes, devices)
+    assert spec.submission is None
+
+
+def test_one_of_several_tasks_does_not_launch_them_all(monkeypatch):
+    for key, value in (ALLOCATION | {"SLURM_STEP_NUM_TASKS": "4"}).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=r"each would launch all .*`srun … launch worker CONFIG`"):
+        default()
+
+
+def test_a_step_is_taken_as_it_is(monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    spec = of_step(Place(0, 4, 0, "n1", ("n1", "n2"), "12.0", 0))
+    assert (spec.name, spec.hosts, spec.processes, spec.devices_per_process) == ("slurm-2x8", 2, 4, 4)

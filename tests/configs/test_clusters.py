@@ -1,0 +1,90 @@
+"""clusters.yaml: what stands in it is checked whole, and every mistake is told at its line."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from configs.clusters import SlurmCluster, files, named, seconds
+from configs.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes the clusters.yaml of an otherwise empty folder, and a user's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+
+    def write(text: str, own: str | None = None) -> None:
+        for file, content in zip(files(), (text, own), strict=True):
+            if content is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(content)
+
+    return write
+
+
+def test_without_files_there_are_no_names(write):
+    assert named() == {}
+
+
+def test_the_file_of_the_folder_goes_before_the_users_own(write):
+    write("a: {nodes: 1}", "a: {nodes: 2}\nb: {nodes: 3}")
+    assert {name: cluster.nodes for name, cluster in named().items()} == {"a": 1, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("{nodes: 0}", "a.nodes = 0: must be at least 1"),
+        ("{}", "a.nodes is missing"),
+        ("3", "a must be a mapping of settings, got a number"),
+        ("{nodes: 1, partion: x}", 'a.partion: unknown key; did you mean "partition"? (a has: nodes, '),
+        ("{nodes: 1, time: soon}", "a.time = soon: must be minutes, hours:minutes:seconds, days-hours"),
+        ('{nodes: 1, partition: "x\\ny"}', 'a.partition = "x\\ny": must be one line of text'),
+        ("{nodes: 1, sbatch: {nodes: 2}}", "a.sbatch = {nodes: 2}: nodes is decided by podlaunch"),
+        ("{nodes: 1, sbatch: {--exclusive: true}}", "'--exclusive' is no option; write its long name"),
+        ('{nodes: 1, sbatch: {comment: "x\\ny"}}', "must be one line of text"),
+        ("{nodes: 1, environment: {A B: x}}", "'A B' is no name of a variable"),
+        ("{nodes: 1, environment: {A: 1}}", "a.environment.A = 1: must be text"),
+        ("{nodes: 1, container: {imag: x}}", 'a.container.imag: unknown key; did you mean "image"?'),
+        ("{nodes: 1, process_per: gpus}", 'a.process_per = gpus: allowed: node, gpu; did you mean "gpu"?'),
+        ("{nodes: 1, process_per: gpu}", "a.process_per = gpu needs gpus_per_node above 0"),
+        ("{nodes: 1, save_minutes: 0}", "a.save_minutes = 0: must be at least 0.5"),
+        ("{nodes: 1, nodes: 2}", "a.nodes is written twice"),
+    ],
+)
+def test_mistakes_are_told_at_their_line(write, entry, told):
+    write(f"\na: {entry}\n")
+    with pytest.raises(UserError) as refused:
+        named()
+    assert told in str(refused.value)
+    assert str(refused.value).startswith("configs/clusters.yaml:2: ")
+
+
+def test_all_mistakes_of_all_entries_are_told_at_once(write):
+    write("a: {nodes: 0}\nb: {nodes: 1, tim: 3}\n")
+    with pytest.raises(UserError) as refused:
+        named()
+    assert len(str(refused.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        ("30", 1800), ("30:15", 1815), ("2:00:00", 7200), ("1-12", 129600), ("1-12:30", 131400),
+        ("1-00:00:01", 86401), ("UNLIMITED", math.inf), ("infinite", math.inf),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_reads_them(time, expected):
+    assert seconds(time) == expected
+
+
+@pytest.mark.parametrize("time", ["", "soon", "1:2:3:4", "-5", "1-", "n/a"])
+def test_what_is_no_time_limit(time):
+    with pytest.raises(ValueError, match="no time"):
+        seconds(time)
+
+
+def test_every_setting_explains_itself():
+    assert [name for name, field in SlurmCluster.model_fields.items() if not field.description] == []

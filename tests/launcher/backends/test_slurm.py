@@ -1,0 +1,150 @@
+"""The batch script as it is submitted, read by a real shell; jobs are run in tests/clusters."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.clusters import SlurmCluster
+from configs.load import load
+from launcher import clusters
+from launcher.backends import slurm
+from launcher.plan import Plan, make_plan
+
+RECORDED = Path(__file__).with_name("slurm")
+SPECS = {
+    "bare": {"nodes": 4, "gpus_per_node": 8},
+    "cpus": {"nodes": 2, "cpus_per_task": 8, "time": "30", "save_minutes": 2.0},
+    "full": {
+        "nodes": 16, "gpus_per_node": 4, "process_per": "gpu", "partition": "a100,h100", "account": "vision",
+        "qos": "high", "time": "1-12:00:00", "constraint": "nvlink&ib", "cpus_per_task": 16,
+        "memory_gib_per_task": 62.5, "gres": "nvme:1", "interface": "ib0", "python": "/opt/podlaunch/bin/python",
+        "sbatch": {"exclusive": True, "comment": "it's $HOME", "reservation": "may", "requeue": False},
+        "srun": {"cpu-freq": "high"}, "setup": ["module purge", "module load cuda/12.4 nccl"],
+        "environment": {"NCCL_DEBUG": "WARN", "GREETING": "it's $HOME; `id`"},
+    },
+    "container": {
+        "nodes": 2, "gpus_per_node": 8, "gres": "gpu:a100:8", "save_minutes": 7.5,
+        "container": {"image": "registry.example/podlaunch:1", "mounts": ["/data:/data:ro"]},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def submitted(quickstart: Path) -> Callable[..., Plan]:
+    """The plan of the quickstart for a SLURM cluster."""
+
+    def submitted(root: str = "/home/me/runs", **settings: object) -> Plan:
+        cluster = SlurmCluster.model_validate(settings)
+        batch = cluster.nodes * max(cluster.gpus_per_node, 1)
+        return make_plan(
+            load(quickstart, [f"train.batch_size={16 * batch}"]),
+            clusters.slurm("some", cluster),
+            name="quickstart",
+            root=Path(root),
+            config_file=quickstart,
+            provenance={},
+        )
+
+    return submitted
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_script_is_the_recorded_one(submitted, name):
+    rendered = slurm.render(submitted(**SPECS[name])).replace(sys.executable, "PYTHON")
+    recorded = RECORDED / f"{name}.sbatch"
+    assert rendered == recorded.read_text(), (
+        "a difference that is meant: python -m tests.launcher.backends.test_slurm"
+    )
+
+
+ODD = [
+    "with space",
+    "it's",
+    'a"b',
+    "$HOME",
+    "a;b&c|d",
+    "`touch canary`",
+    "$(touch canary)",
+    "new\nline",
+    "-rf",
+    "#x",
+    "grün",
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_run_directory_and_variables_survive_a_real_shell(submitted, tmp_path, odd):
+    told = tmp_path / "told"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$ODD" "$@" > {told}\n')
+    python.chmod(0o755)
+    plan = submitted(root=f"/runs/{odd}", nodes=1, python=str(python), environment={"ODD": odd})
+    subprocess.run(["bash", "-c", slurm.render(plan)], check=True, cwd=tmp_path)
+    variable, *arguments = told.read_text().split("\0")
+    assert variable == odd
+    assert arguments[-2] == f"/runs/{odd}/quickstart"
+    assert not (tmp_path / "canary").exists()
+
+
+def test_srun_starts_a_process_a_gpu_or_a_node(submitted, monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+
+    def counts(**settings):
+        command = slurm._srun(submitted(**settings), attempt=1)
+        return [word for word in command if word.startswith(("--nodes", "--ntasks"))]
+
+    assert counts(nodes=2, gpus_per_node=8) == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    per_gpu = counts(nodes=2, gpus_per_node=8, process_per="gpu")
+    assert per_gpu == ["--nodes=2", "--ntasks=16", "--ntasks-per-node=8"]
+
+
+def test_srun_hands_on_what_sbatch_does_not(submitted, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert "--cpus-per-task=8" in slurm._srun(submitted(nodes=2), attempt=1)
+
+
+def test_workers_in_a_container_run_on_its_python_and_see_the_run_directory(submitted):
+    command = slurm._srun(submitted(**SPECS["container"]), attempt=3)
+    assert "--container-image=registry.example/podlaunch:1" in command
+    assert "--container-mounts=/home/me/runs/quickstart:/home/me/runs/quickstart,/data:/data:ro" in command
+    assert command[-6:] == ["python3", "-P", "-m", "launcher.host", "/home/me/runs/quickstart", "3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("Killed", -9),
+        ("Exited with exit code 3", 3),
+        ("Aborted (core dumped)", -6),
+        ("Terminated", -15),
+        ("?", 1),
+    ],
+)
+def test_what_srun_says_of_a_task_is_an_exit_code(words, code):
+    assert slurm._code(words) == code
+
+
+def test_without_squeue_the_state_of_a_job_is_unknown_not_interrupted(submitted, tmp_path, monkeypatch):
+    from launcher.rundir import RunDirectory
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    plan = submitted(root=str(tmp_path), nodes=2)
+    run = RunDirectory(Path(plan.run_directory))
+    run.create(plan)
+    run.begin("12")
+    assert str(slurm.state(run)) == "unknown: job 12; there is no squeue on this machine"
+    run.write_result({"status": "stopped"})
+    assert slurm.state(run).word == "stopped"
+
+
+if __name__ == "__main__":
+    import configs
+
+    recipe = Path(configs.__file__).with_name("quickstart.yaml")
+    make = submitted.__wrapped__(recipe)  # type: ignore[attr-defined]
+    for name, spec in SPECS.items():
+        script = slurm.render(make(**spec)).replace(sys.executable, "PYTHON")
+        (RECORDED / f"{name}.sbatch").write_text(script)
