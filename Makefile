@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+SLURM = slurm-wlm munge iproute2
 
-.PHONY: help quickstart test test-fast check format lock clean
+.PHONY: help quickstart test test-fast slurm check format lock clean
 
 help:
 	@echo "make quickstart   train a ResNet here and now, on two processes"
 	@echo "make test         checks, then all tests"
 	@echo "make test-fast    the tests that start no processes"
+	@echo "make slurm        install SLURM for the tests, where that is possible"
 	@echo "make check        ruff, mypy, the import rules"
 	@echo "make format       let ruff format the code"
 	@echo "make lock         resolve requirements.txt anew"
@@ -30,11 +32,18 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check test-fast
+test: check test-fast slurm
 	$(BIN)/pytest -m cluster
 
 test-fast: $(READY)
 	$(BIN)/pytest -m "not cluster" --numprocesses 2
+
+# The tests raise a cluster of their own; no service is started here. Without it they skip, and say so.
+slurm:
+	@if command -v slurmctld munged sbatch ip >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; \
+	else echo "SLURM is not installed (Debian: apt-get install $(SLURM)): its tests are skipped"; fi
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -547,13 +547,20 @@ def _state(directory: "RunDirectory") -> "State":
 
 
 def _states(directory: "RunDirectory") -> Iterator["State"]:
-    """How the run stands, some times a second, to its end. A scheduler is asked rarely, or when there is news."""
+    """How the run stands, some times a second, to its end.
+
+    A scheduler is asked rarely: when the run directory has news, or while process 0 says nothing.
+    """
     backend = _backend_of(directory)
-    asked, news = -math.inf, None
+    due, news, word = -math.inf, None, None
     while True:
-        newest = directory.last_attempt(), directory.result()
-        if newest != news or time.monotonic() - asked >= backend.ASK_SECONDS:
-            state, news, asked = backend.state(directory), newest, time.monotonic()
+        newest, newest_word = (directory.last_attempt(), directory.result()), directory.report(0).get("time")
+        if newest != news or time.monotonic() >= due:
+            state, news = backend.state(directory), newest
+            due = time.monotonic() + backend.ASK_SECONDS
+        elif newest_word != word:
+            due = time.monotonic() + backend.ASK_SECONDS
+        word = newest_word
         yield state
         if not state.is_active:
             return

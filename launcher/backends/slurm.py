@@ -27,7 +27,7 @@ from launcher.place import Place, hostnames
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-ASK_SECONDS = 15.0
+ASK_SECONDS = 30.0
 SILENT_SECONDS = 20.0
 START_SECONDS = 180.0
 KILL_SECONDS = 3.0
