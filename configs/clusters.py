@@ -90,9 +90,9 @@ class SlurmCluster(Section):
     gpus_per_node: NonNegative = 0
     """GPUs of each node; 0 trains on CPUs."""
     process_per: Literal["node", "gpu"] = "node"
-    """One process owns all GPUs of its node, or each process owns one."""
+    """`node`: one process owns all GPUs of its node; `gpu`: each process owns one."""
     partition: Text | None = None
-    """Partition, or several with commas. null: the site's default, as for all that follow."""
+    """Partition, or several with commas; null: the site's default, as for what follows."""
     account: Text | None = None
     """Account that is charged."""
     qos: Text | None = None
@@ -102,7 +102,7 @@ class SlurmCluster(Section):
     constraint: Text | None = None
     """Features that the nodes must have."""
     gres: Text | None = None
-    """Generic resources of each node. One that names GPUs, such as gpu:a100:8, replaces --gpus-per-node."""
+    """Generic resources of each node. One that names GPUs, such as `gpu:a100:8`, replaces `--gpus-per-node`."""
     cpus_per_task: Positive | None = None
     """CPUs of each process."""
     memory_gib_per_task: PositiveFloat | None = None
@@ -114,13 +114,14 @@ class SlurmCluster(Section):
     setup: Annotated[tuple[str, ...], from_list] = ()
     """Shell lines that the job runs first, such as `module load cuda`."""
     environment: Variables = Field(default_factory=dict)
-    """Variables that the job exports. They stand in its script: no secrets, export those before `launch`."""
+    """Variables that the job exports. They stand in its script: secrets do not belong here, export them before
+    `launch`."""
     python: Text | None = None
-    """Python with podlaunch on the nodes. null: the one that `launch` runs on. With a container, the one in it."""
+    """Python with podlaunch on the nodes; null: the one that `launch` runs on. With a `container`, the one in it."""
     container: ContainerConfig | None = None
-    """Workers run in it; what watches them does not."""
+    """`image`, and a list of `mounts`, for the workers. What watches them stays outside."""
     interface: Text | None = None
-    """Network interface on which processes meet, such as ib0. null: the one that leads to the other nodes."""
+    """Network interface on which processes meet, such as `ib0`; null: the one that leads to the other nodes."""
     save_minutes: Annotated[float, Field(ge=0.5, le=600)] = 5.0
     """Minutes before the time limit at which the run begins to save. SLURM may be up to one minute early."""
 

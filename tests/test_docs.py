@@ -25,8 +25,11 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
+from pydantic.fields import FieldInfo
 
 import configs
+from configs.clusters import SlurmCluster
+from configs.clusters import named as clusters_by_name
 from configs.schema import json_schema
 from launcher import clusters, supervise
 from launcher.backends import Exit
@@ -155,7 +158,7 @@ def test_settings_named_in_the_text_exist(page: Path):
     assert sorted(named - fields - sections - files) == []
 
 
-FOREIGN_OPTIONS = {"--logdir", "--root-user-action"}
+FOREIGN_OPTIONS = {"--gpus-per-node", "--signal", "--logdir", "--root-user-action"}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=page_id)
@@ -212,6 +215,15 @@ def a_script(command: str, shown: list[str]) -> None:
     assert os.access(REPOSITORY / command.split()[0], os.X_OK)
 
 
+def in_the_slurm_tests(command: str, shown: list[str]) -> None:
+    """Run there, with few nodes."""
+    tests = (REPOSITORY / "tests" / "clusters" / "test_slurm.py").read_text(encoding="utf-8")
+    words = [word for word in command.split() if word in ("worker", "--kill-on-bad-exit=1")]
+    file = [Path(word).name for word in command.split() if word.startswith("deploy/")]
+    assert words + file
+    assert [word for word in words + file if f'"{word}"' not in tests] == []
+
+
 def somebody_elses(command: str, shown: list[str]) -> None:
     """Not ours to check."""
 
@@ -223,6 +235,10 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "make test-fast": a_make_target,
     "make check": a_make_target,
     "make format": a_make_target,
+    "make slurm": a_make_target,
+    "sbatch deploy/slurm/train.sbatch configs/r50.yaml": in_the_slurm_tests,
+    "srun --kill-on-bad-exit=1 launch worker configs/r50.yaml": in_the_slurm_tests,
+    "python -m tests.launcher.backends.test_slurm": somebody_elses,
     "make lock": a_make_target,
     ".ci/run": a_script,
     "python3 -m venv .venv": somebody_elses,
@@ -397,6 +413,33 @@ def test_fields_in_configs_md_are_those_of_the_schema():
     written = MARKED.search(CONFIGS_PAGE.read_text(encoding="utf-8"))
     assert written, "docs/configs.md has lost its markers"
     assert written[0].rstrip() == field_tables().rstrip(), "rewrite it: python -m tests.test_docs"
+
+
+def test_settings_of_clusters_are_those_of_the_code():
+    fields = SlurmCluster.model_fields.items()
+    expected = [
+        [name, default_of(field), (field.description or "").replace("\n", " ")] for name, field in fields
+    ]
+    assert table(DOCS / "slurm.md", "## Which cluster") == [
+        [c.replace("`", "") for c in row] for row in expected
+    ]
+
+
+def default_of(field: FieldInfo) -> str:
+    if field.is_required():
+        return ""
+    default = field.get_default(call_default_factory=True)
+    return literal(list(default) if isinstance(default, tuple) else default)
+
+
+def test_example_of_a_cluster_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    examples = [
+        c for language, c in fences((DOCS / "slurm.md").read_text(encoding="utf-8")) if language == "yaml"
+    ]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "clusters.yaml").write_text("\n".join(examples))
+    monkeypatch.chdir(tmp_path)
+    assert {"bigcluster", "pyxis"} <= clusters_by_name().keys()
 
 
 def test_commands_in_the_readme_are_those_of_launch():
