@@ -121,7 +121,8 @@ class SlurmCluster(Section):
     container: ContainerConfig | None = None
     """`image`, and a list of `mounts`, for the workers. What watches them stays outside."""
     interface: Text | None = None
-    """Network interface on which processes meet, such as `ib0`; null: the one that leads to the other nodes."""
+    """Network interface on which processes and NCCL meet, such as `ib0`; null: the one that leads to the other
+    nodes."""
     save_minutes: Annotated[float, Field(ge=0.5, le=600)] = 5.0
     """Minutes before the time limit at which the run begins to save. SLURM may be up to one minute early."""
 

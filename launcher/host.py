@@ -25,6 +25,7 @@ from launcher.rundir import RunDirectory
 WORKER = [sys.executable, "-P", "-m", "launcher.worker", "--exit-with-stdin"]
 # Not inherited: it would contradict the number of CPU devices that the plan names.
 CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+INTERFACE = "LAUNCH_INTERFACE"
 HEARTBEAT_SECONDS = 3.0
 MEETING_SECONDS = 120.0
 
@@ -80,9 +81,11 @@ class Host:
         else:
             attempt, coordinator = self._listen()
         plan = self._plan()
-        environment = worker_environment(plan, self.place.process, coordinator) | devices(
-            plan, self.place, accelerators.num_nvidia_gpus()
-        )
+        environment = {
+            **_network(),
+            **worker_environment(plan, self.place.process, coordinator),
+            **devices(plan, self.place, accelerators.num_nvidia_gpus()),
+        }
         with self._lock:
             try:
                 self._worker = start_worker(plan, self._run, attempt, environment)
@@ -128,7 +131,7 @@ class Host:
         return self._run.meeting(f"{self.place.step}.{self.place.restart}")
 
     def _call(self, attempt: int) -> tuple[int, str]:
-        host = address(self.place, os.environ.get("LAUNCH_INTERFACE"))
+        host = address(self.place, os.environ.get(INTERFACE))
         self._port = hold_port(host)
         coordinator = f"{host}:{self._port.getsockname()[1]}"
         with self._meeting().open("a", encoding="utf-8") as f:
@@ -173,6 +176,12 @@ def devices(plan: Plan, place: Place, visible: int) -> dict[str, str]:
             f'"{plan.cluster}" has {wanted} for each of the {place.processes_per_node} processes of a node'
         )
     return {"JAX_LOCAL_DEVICE_IDS": ",".join(str(first + i) for i in range(wanted))}
+
+
+def _network() -> dict[str, str]:
+    """The interface asked for, for NCCL, too, unless the user has told it another."""
+    interface = os.environ.get(INTERFACE)
+    return {"NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", interface)} if interface else {}
 
 
 def exit_code(code: int) -> int:

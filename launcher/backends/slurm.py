@@ -22,7 +22,7 @@ from configs.clusters import SlurmCluster, seconds
 from configs.errors import UserError
 from configs.files import write_atomically
 from launcher.backends import Exit, State, drain, ended
-from launcher.host import HEARTBEAT_SECONDS, Host
+from launcher.host import HEARTBEAT_SECONDS, INTERFACE, Host
 from launcher.place import Place, hostnames
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
@@ -311,7 +311,7 @@ def _srun(plan: Plan, attempt: int) -> list[str]:
 
 def _interface(plan: Plan) -> dict[str, str]:
     interface = _cluster(plan).interface
-    return {"LAUNCH_INTERFACE": interface} if interface else {}
+    return {INTERFACE: interface} if interface else {}
 
 
 class SrunGang:

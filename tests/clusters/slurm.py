@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-NODES = ("n1", "n2", "n3", "n4")
+NODES = ("n1", "n2", "rack1n3", "gpu04-ib")  # as sites call them
 BRIDGE, NETWORK = "podlaunch0", "10.77.0"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
 READY_SECONDS = 60
@@ -133,7 +133,9 @@ class Slurm:
         )
         conf = CONF.format(network=NETWORK, folder=self.folder, nodes=nodes)
         (self.folder / "slurm.conf").write_text(conf)
-        (self.folder / "gres.conf").write_text(f"NodeName=n[1-4] Name=gpu File={self.folder}/gpu[0-1]\n")
+        (self.folder / "gres.conf").write_text(
+            f"NodeName={','.join(NODES)} Name=gpu File={self.folder}/gpu[0-1]\n"
+        )
         for gpu in range(2):  # device files are all that SLURM looks at
             os.mknod(self.folder / f"gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
