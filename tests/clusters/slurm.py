@@ -118,7 +118,7 @@ class Slurm:
         self._ip("address", "add", f"{NETWORK}.1/24", "dev", BRIDGE, check=True)
         self._ip("link", "set", BRIDGE, "up", check=True)
         for number, node in enumerate(NODES, start=11):
-            space, veth = _namespace(node), f"podlaunch-{node}"
+            space, veth = _namespace(node), _veth(node)
             self._ip("netns", "add", space, check=True)
             self._ip("link", "add", veth, "type", "veth", "peer", "eth0", "netns", space, check=True)
             self._ip("link", "set", veth, "master", BRIDGE, "up", check=True)
@@ -187,10 +187,10 @@ class Slurm:
 
     def cut_off(self, node: str) -> None:
         """Take the node off the network; what runs there runs on."""
-        self._ip("link", "set", f"podlaunch-{node}", "down", check=True)
+        self._ip("link", "set", _veth(node), "down", check=True)
 
     def reconnect(self, node: str) -> None:
-        self._ip("link", "set", f"podlaunch-{node}", "up", check=True)
+        self._ip("link", "set", _veth(node), "up", check=True)
 
     def on_node(self, node: str, *command: str) -> str:
         """Run a command on a node, in its namespaces."""
@@ -200,6 +200,10 @@ class Slurm:
     @staticmethod
     def _ip(*arguments: str, check: bool = False) -> str:
         return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True).stdout
+
+
+def _veth(node: str) -> str:
+    return f"podlaunch{NODES.index(node) + 1}"  # of 15 characters at most
 
 
 def _namespace(node: str) -> str:
