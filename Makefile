@@ -40,7 +40,7 @@ test-fast: $(READY)
 
 # The tests raise a cluster of their own; no service is started here. Without it they skip, and say so.
 slurm:
-	@if command -v slurmctld munged sbatch ip >/dev/null; then :; \
+	@if [ -x "$$(command -v slurmctld)" ] && [ -x "$$(command -v munged)" ] && [ -x "$$(command -v ip)" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; \
 	else echo "SLURM is not installed (Debian: apt-get install $(SLURM)): its tests are skipped"; fi

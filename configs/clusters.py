@@ -13,8 +13,8 @@ from configs.schema import NonNegative, Positive, PositiveFloat, Section, from_l
 
 # What the run itself decides, or what would take its output and signals away.
 OURS = {
-    "array", "chdir", "error", "gpus", "gpus-per-node", "gpus-per-task", "input", "job-name", "nodes", "ntasks",
-    "ntasks-per-node", "open-mode", "output", "parsable", "signal", "test-only", "wait", "wrap",
+    "array", "chdir", "clusters", "error", "gpus", "gpus-per-node", "gpus-per-task", "input", "job-name", "kill-on-bad-exit", "label", "nodes", "ntasks",
+    "ntasks-per-node", "open-mode", "output", "parsable", "pty", "signal", "test-only", "wait", "wrap",
 }  # fmt: skip
 # "minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours", "days-hours:minutes" and
 # "days-hours:minutes:seconds" (https://slurm.schedmd.com/sbatch.html#OPT_time).
@@ -127,9 +127,11 @@ class SlurmCluster(Section):
     """Minutes before the time limit at which the run begins to save. SLURM may be up to one minute early."""
 
     @model_validator(mode="after")
-    def _has_gpus_for_its_processes(self) -> Self:
+    def _settings_agree(self) -> Self:
         if self.process_per == "gpu" and not self.gpus_per_node:
             raise ValueError("process_per = gpu needs gpus_per_node above 0")
+        if "time" in self.sbatch:
+            raise ValueError("sbatch has a time; write it as a setting of the cluster")
         return self
 
     @property

@@ -65,7 +65,9 @@ def load_entries(path: Path, model: type[Model]) -> dict[str, Model]:
     for name, value in values.items():
         below = {loc[1:]: line for loc, line in where.items() if loc[0] == str(name)}
         if not isinstance(value, dict):
-            problems.append(f"{below[()]}: {name} must be a mapping of settings, got a {_kind(value)}")
+            problems.append(
+                f"{below.get((), path)}: {name} must be a mapping of settings, got a {_kind(value)}"
+            )
             continue
         try:
             entries[str(name)] = model.model_validate(value)

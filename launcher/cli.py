@@ -153,8 +153,8 @@ def run(
     plan = _plan(config, overrides, cluster, sbatch, name, root, max_restarts)
     backend = backends.get(plan.backend)
     directory = RunDirectory(Path(plan.run_directory))
-    if requeue and backend.ledger()["job"] is None:
-        raise UserError("--requeue: this is no SLURM job; it belongs into a batch script")
+    if requeue and (backend.ledger()["job"] is None or plan.submission is not None):
+        raise UserError("--requeue belongs into the batch script of a SLURM job, without --cluster")
     if detach and plan.submission is None:
         raise UserError(f"--detach: cluster {plan.cluster} has no queue; its processes end with `launch`")
     if dry_run:
@@ -174,7 +174,8 @@ def run(
         click.confirm("Go on with this run?", default=True, abort=True)
     if plan.submission is None:
         backend.check(plan)
-        sys.exit(_train(plan, directory, backend, requeue=requeue))
+        is_requeued = requeue and directory.job() == backend.ledger()["job"]
+        sys.exit(_train(plan, directory, backend, requeue=requeue, begin=not is_requeued))
     _submit(plan, directory)
     if not detach:
         sys.exit(_follow(plan, directory))
@@ -214,7 +215,7 @@ def supervise(directory: Path) -> None:
         raise UserError(f"{directory} holds no plan for a SLURM job; see `launch --help`")
     backend = backends.get(made.backend)
     backend.check(made)
-    sys.exit(_train(made, run_directory, backend, requeue=True))
+    sys.exit(_train(made, run_directory, backend, requeue=True, begin=False))
 
 
 @main.command()
@@ -233,17 +234,17 @@ def worker(config: str, overrides: tuple[str, ...], name: str | None, root: Path
             "launch worker: this is no task of a SLURM step; type `launch CONFIG`, or srun before it"
         )
     directory = RunDirectory(root.absolute() / _name(config, name))
+    host = Host(place, directory)
     if place.process:
-        host = Host(place, directory)
         signal.signal(signal.SIGTERM, lambda *_: host.ask_to_stop())
-        host.start()
-        sys.exit(exit_code(host.wait()))
+        sys.exit(exit_code(host.wait()) if host.start() else 0)
     made = _plan_on(clusters.of_step(place), config, overrides, name, root, max_restarts=0)
     _check_can_continue(made, directory)
     if _already_done(made, directory):
+        host.call_off()
         return
     console.print_plan(made)
-    sys.exit(_train(made, directory, InStep(place, directory), requeue=False))
+    sys.exit(_train(made, directory, InStep(host), requeue=False, begin=True))
 
 
 @main.command()
@@ -459,7 +460,7 @@ def _check_is_free(directory: "RunDirectory") -> None:
     state = _state(directory)
     if directory.job() != _backend_of(directory).ledger()["job"] and state.is_active:
         raise UserError(
-            f"run {directory.name} is {state} (job {directory.job()}): follow it with `launch attach "
+            f"run {directory.name} is {state.word} in job {directory.job()}: follow it with `launch attach "
             f"{directory.name}`, end it with `launch stop {directory.name}`, or begin another with --name"
         )
 
@@ -570,8 +571,8 @@ def _states(directory: "RunDirectory") -> Iterator["State"]:
 # Running, here or elsewhere
 
 
-def _train(plan: "Plan", directory: "RunDirectory", starter: "Starter", *, requeue: bool) -> int:
-    """Supervise the run from here; its exit code."""
+def _train(plan: "Plan", directory: "RunDirectory", starter: "Starter", *, requeue: bool, begin: bool) -> int:
+    """Supervise the run from here; its exit code. `begin`: this is a new launch, not the next job of one."""
     from launcher import backends
     from launcher.supervise import EXIT_SAVED, Wishes, exit_code, supervise
 
@@ -583,17 +584,20 @@ def _train(plan: "Plan", directory: "RunDirectory", starter: "Starter", *, reque
     ):
         directory.claim_checkpoints(plan)
         directory.create(plan)
-        if (
-            job is None or job != directory.job()
-        ):  # else it was submitted, or requeued, and may have been told to stop
+        if begin:
             directory.begin(job)
+        else:
+            directory.write_job(job)
         result = supervise(
             plan, directory, starter, wishes=wishes, watch=progress.watch, announce=progress.line
         )
     console.print_result(plan, directory, result, again=not requeue)
     code = exit_code(result)
     if requeue and code == EXIT_SAVED:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a requeue sends to all of the job
         console.say(backends.queue_of(plan.backend).go_on_later(plan, directory))
+    elif requeue:
+        backends.queue_of(plan.backend).stay_ended()
     return code
 
 
@@ -601,6 +605,7 @@ def _submit(plan: "Plan", directory: "RunDirectory") -> None:
     from launcher import backends
 
     with directory.undone_if_refused(), directory.locked():
+        _check_is_free(directory)  # once more: another launch may have submitted it meanwhile
         directory.claim_checkpoints(plan)
         directory.exclude_nodes([])
         job = backends.queue_of(plan.backend).submit(plan, directory)
@@ -611,7 +616,7 @@ def _submit(plan: "Plan", directory: "RunDirectory") -> None:
 
 def _follow(plan: "Plan", directory: "RunDirectory", *, again: bool = True) -> int:
     """Show how a job does until it ends; its exit code. Ctrl-C leaves it running."""
-    from launcher.supervise import EXIT_STOPPED, describe, exit_code
+    from launcher.supervise import EXIT_CODES, EXIT_STOPPED, describe, exit_code
 
     begun, told, shown = time.time(), len(directory.attempts()), ""
     try:
@@ -634,8 +639,9 @@ def _follow(plan: "Plan", directory: "RunDirectory", *, again: bool = True) -> i
         )
         return EXIT_STOPPED
     result = directory.result()
-    if result is None:
-        raise UserError(f"run {plan.name} is {state}; see {directory.path / 'logs'}, and `launch` again")
+    if result is None or result["status"] != state.word:
+        click.echo(f"run {plan.name} is {state}; see {directory.path / 'logs'}, and `launch` again to resume")
+        return EXIT_CODES.get(state.word, EXIT_CODES["failed"])
     console.print_result(plan, directory, result, again=again)
     return exit_code(result)
 

@@ -44,7 +44,7 @@ class ClusterSpec:
 
 def default() -> ClusterSpec:
     """What `launch` means without --cluster: this SLURM allocation, all accelerators here, or two CPU processes."""
-    if "SLURM_JOB_ID" in os.environ:
+    if "SLURM_JOB_NUM_NODES" in os.environ:  # SLURM_JOB_ID alone is also set for logins to a node
         return _allocation(os.environ)
     return resolve("local" if accelerators.num_nvidia_gpus() else WITHOUT_ACCELERATOR)
 
@@ -130,7 +130,8 @@ def _allocation(environment: Mapping[str, str]) -> ClusterSpec:
     nodes = int(environment["SLURM_JOB_NUM_NODES"])
     # `gpu:8`, `a100:8` or `8`; where salloc leaves its shell on the login node, only the second is set.
     gpus = environment.get("SLURM_GPUS_ON_NODE") or environment.get("SLURM_GPUS_PER_NODE") or "0"
-    num_gpus = int(gpus.rpartition(":")[2])
+    count = gpus.rpartition(":")[2]
+    num_gpus = int(count) if count.isdecimal() else 1  # a type alone
     # As many tasks as GPUs is how one asks for a process on each.
     tasks = environment.get("SLURM_NTASKS_PER_NODE")
     per_gpu = num_gpus > 1 and tasks == str(num_gpus)

@@ -27,7 +27,8 @@ WORKER = [sys.executable, "-P", "-m", "launcher.worker", "--exit-with-stdin"]
 CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 INTERFACE = "LAUNCH_INTERFACE"
 HEARTBEAT_SECONDS = 3.0
-MEETING_SECONDS = 120.0
+MEETING_SECONDS = 600.0
+CALLED_OFF = 0
 
 
 def worker_environment(plan: Plan, process: int, coordinator: str) -> dict[str, str]:
@@ -71,8 +72,11 @@ class Host:
         self._stopped = False
         self._port: socket.socket | None = None
 
-    def start(self, attempt: int | None = None) -> None:
-        """Meet the others and start the worker. Without an `attempt`, process 0 has yet to begin one."""
+    def start(self, attempt: int | None = None) -> bool:
+        """Meet the others and start the worker, unless process 0 calls it off.
+
+        Without an `attempt`, process 0 has yet to begin one.
+        """
         if attempt is not None:
             self._check_visible(attempt)
         if self.place.process == 0:
@@ -80,6 +84,8 @@ class Host:
             attempt, coordinator = self._call(attempt)
         else:
             attempt, coordinator = self._listen()
+        if attempt == CALLED_OFF:
+            return False
         plan = self._plan()
         environment = {
             **_network(),
@@ -95,6 +101,11 @@ class Host:
                 ) from None
             if self._stopped:
                 self._worker.terminate()
+        return True
+
+    def call_off(self) -> None:
+        """Process 0 to the others: there is nothing to do."""
+        self._tell(CALLED_OFF, "")
 
     def wait(self) -> int:
         """Exit code of the worker, or minus the signal that killed it."""
@@ -134,9 +145,12 @@ class Host:
         host = address(self.place, os.environ.get(INTERFACE))
         self._port = hold_port(host)
         coordinator = f"{host}:{self._port.getsockname()[1]}"
+        self._tell(attempt, coordinator)
+        return attempt, coordinator
+
+    def _tell(self, attempt: int, coordinator: str) -> None:
         with self._meeting().open("a", encoding="utf-8") as f:
             f.write(json.dumps([attempt, coordinator]) + "\n")
-        return attempt, coordinator
 
     def _listen(self) -> tuple[int, str]:
         deadline = time.monotonic() + MEETING_SECONDS

@@ -5,7 +5,8 @@ attempts.jsonl  a line an attempt that ended
 result.json     how the run ended
 hosts/H.json    the newest word of each process of the current attempt
 job             the SLURM job that the run is, or was last
-excluded-nodes  nodes that failed twice in that job
+first-attempt   number of the first attempt of the newest launch
+excluded-nodes  nodes that failed twice since then
 checkpoints/ tensorboard/ logs/attempt-K/host-H.log
 .lock .id       held by its launcher; tells it apart from a run of the same name elsewhere
 """
@@ -69,14 +70,15 @@ class RunDirectory:
 
     @contextmanager
     def undone_if_refused(self) -> Iterator[None]:
-        """A UserError leaves nothing behind that was not there before."""
+        """What is refused, or interrupted, leaves nothing behind that was not there before."""
         absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        before = set() if absent else set(self.path.iterdir())
         try:
             yield
-        except UserError:
-            if absent:
-                shutil.rmtree(self.path, ignore_errors=True)
-            for folder in absent[1:]:
+        except BaseException:
+            for entry in set(self.path.iterdir()) - before if self.path.is_dir() else ():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for folder in absent:
                 with suppress(OSError):  # somebody else's run is in it
                     folder.rmdir()
             raise
@@ -124,6 +126,11 @@ class RunDirectory:
                 attempts.append(json.loads(line))
         return attempts
 
+    def attempts_of_launch(self) -> list[dict[str, Any]]:
+        """Those since `launch` was typed, over all jobs in which it went on."""
+        first = int(_read(self.path / "first-attempt") or 1)
+        return [a for a in self.attempts() if a["attempt"] >= first]
+
     def add_attempt(self, attempt: dict[str, Any]) -> None:
         written = _read(self.path / "attempts.jsonl") or ""
         with self._writing(), (self.path / "attempts.jsonl").open("a", encoding="utf-8") as f:
@@ -141,7 +148,7 @@ class RunDirectory:
 
     # The word of the hosts
 
-    def begin_attempt(self) -> int:
+    def begin_attempt(self, where: dict[str, Any]) -> int:
         """Number of the next attempt; its logs folder is made, words of the one before are cleared."""
         number = self.last_attempt() + 1
         with self._writing():
@@ -149,7 +156,12 @@ class RunDirectory:
             shutil.rmtree(self.path / "hosts", ignore_errors=True)
             (self.path / "hosts").mkdir()
             self.logs(number).mkdir(parents=True)
+            write_atomically(self.logs(number) / "where.json", json.dumps(where))
         return number
+
+    def where(self, attempt: int) -> dict[str, Any]:
+        """Where an attempt runs, or ran: cluster, mesh, job."""
+        return json.loads(_read(self.logs(attempt) / "where.json") or "{}")
 
     def last_attempt(self) -> int:
         """Number of the newest attempt, 0 before the first."""
@@ -171,7 +183,7 @@ class RunDirectory:
 
     def meeting(self, step: str) -> Path:
         """Where process 0 of a step tells the others how to join it."""
-        return self.path / "hosts" / f"meeting-{step}"
+        return self.path / "logs" / f"meeting-{step}"
 
     # The job in which it runs, where there is a scheduler
 
@@ -182,7 +194,10 @@ class RunDirectory:
         """Before the first attempt of a launch: forget what was asked of the one before, and how it ended."""
         self.clear_stop()
         (self.path / "result.json").unlink(missing_ok=True)
+        self.exclude_nodes([])
         self.write_job(job)
+        with self._writing():
+            write_atomically(self.path / "first-attempt", str(self.last_attempt() + 1))
 
     def write_job(self, job: str | None) -> None:
         with self._writing():

@@ -69,15 +69,15 @@ def supervise(
     """Run attempts until a final verdict; returns what it wrote to result.json."""
     begun = time.time()
     _account_for_lost(run)
-    where = backend.ledger() | {"cluster": plan.cluster, "mesh": plan.mesh}
-    restarts = sum(1 for a in _attempts_of_job(run, where["job"]) if a["failure"])
+    where = {"cluster": plan.cluster, "mesh": plan.mesh} | backend.ledger()
+    restarts = sum(1 for a in run.attempts_of_launch() if a["failure"])
     while True:
-        number = run.begin_attempt()
+        number = run.begin_attempt(where)
         started = time.time()
         from_step = (run.checkpoint_steps() or [0])[-1]
         verdict, failure = _attempt(plan, run, backend.start(plan, run, number), number, wishes, watch)
         attempt = _ledger_line(run, number, started, time.time(), from_step, verdict, failure)
-        run.add_attempt(attempt | where)
+        run.add_attempt(attempt)
         if failure is None or wishes.stop or not failure.retryable or restarts >= plan.max_restarts:
             break
         restarts += 1
@@ -89,8 +89,8 @@ def supervise(
             f"{describe(failure)}\n"
             f"attempt {number + 1} from step {attempt['kept_step']} (restart {restarts} of {plan.max_restarts})"
         )
-    if verdict == "preempted" and _is_fruitless(_attempts_of_job(run, where["job"])):
-        announce(f"{FRUITLESS} attempts of this job were ended before a checkpoint: give it more time")
+    if verdict == "preempted" and _is_fruitless(run.attempts_of_launch()):
+        announce(f"{FRUITLESS} attempts in a row were ended before a checkpoint: give the job more time")
         verdict = "failed"
     return write_result(plan, run, verdict, failure, time.time() - begun)
 
@@ -100,11 +100,6 @@ def exit_code(result: dict[str, Any]) -> int:
     failure = result["failure"]
     is_users = result["status"] == "failed" and failure is not None and failure["cause"] == "exit code 2"
     return EXIT_USER_ERROR if is_users else EXIT_CODES[result["status"]]
-
-
-def _attempts_of_job(run: RunDirectory, job: str | None) -> list[dict[str, Any]]:
-    """Those before and after the job was requeued; none where there is no job."""
-    return [a for a in run.attempts() if job is not None and a.get("job") == job]
 
 
 def _is_fruitless(attempts: list[dict[str, Any]]) -> bool:
@@ -219,8 +214,7 @@ def _ledger_line(
         "steps_lost": max(reached - kept, 0),
         "seconds": report.get("seconds", {}),
         "failure": asdict(failure) if failure else None,
-        "cluster": report.get("cluster"),
-        "mesh": report.get("mesh"),
+        **run.where(number),
     }
 
 

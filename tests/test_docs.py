@@ -269,7 +269,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     planned = CliRunner().invoke(main, ["plan", "configs/quickstart.yaml", "--json"])
     run = RunDirectory(tmp_path / "runs" / "quickstart")
     run.create(Plan.from_json(planned.stdout))
-    number = run.begin_attempt()
+    number = run.begin_attempt({})
     run.log(number, 0).write_text("[Gloo] Rank 0 is connected to 1 peer ranks.\n")
     run.log(number, 1).write_text("[Gloo] Rank 1 is connected to 1 peer ranks.\n")
     run.write_report(0, FINISHED["report"])

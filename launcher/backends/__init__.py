@@ -111,6 +111,10 @@ class Queue(Backend, Protocol):
         """Have the job in which this is called run once more; what was done, in words."""
         ...
 
+    def stay_ended(self) -> None:
+        """Have the job in which this is called not run once more, though its scheduler may want it to."""
+        ...
+
 
 def get(name: str) -> Backend:
     return cast(Backend, importlib.import_module(BACKENDS[name]))

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import IO, Any
 
 from configs.clusters import SlurmCluster, seconds
@@ -23,14 +24,15 @@ from configs.errors import UserError
 from configs.files import write_atomically
 from launcher.backends import Exit, State, drain, ended
 from launcher.host import HEARTBEAT_SECONDS, INTERFACE, Host
-from launcher.place import Place, hostnames
+from launcher.place import hostnames
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
 ASK_SECONDS = 30.0
 SILENT_SECONDS = 20.0
-START_SECONDS = 180.0
+START_SECONDS = 600.0  # images of containers are fetched then
 KILL_SECONDS = 3.0
+PATIENCE_SECONDS = 120.0
 # SLURM may send the signal of --signal up to a minute early.
 EARLY_SECONDS = 60.0
 FAILURES_OF_A_BAD_NODE = 2
@@ -79,13 +81,14 @@ def _options(plan: Plan, cluster: SlurmCluster) -> dict[str, str | int | bool]:
         "cpus-per-task": cluster.cpus_per_task,
         "mem": f"{math.ceil(1024 * memory * tasks)}M" if memory else None,
         "gres": cluster.gres,
-        "gpus-per-node": 0 if "gpu" in (cluster.gres or "") else cluster.gpus_per_node,
+        "gpus-per-node": None if "gpu" in (cluster.gres or "") else cluster.gpus_per_node or None,
         # To the steps, not to this script: the workers save at a common step.
         "signal": f"TERM@{round(60 * cluster.save_minutes)}",
         "requeue": "no-requeue" not in cluster.sbatch,
         "open-mode": "append",
     }
-    return {name: value for name, value in (options | cluster.sbatch).items() if value}
+    found = (options | cluster.sbatch).items()
+    return {name: value for name, value in found if value is not None and value is not False}
 
 
 def _flags(options: dict[str, str | int | bool]) -> list[str]:
@@ -112,7 +115,8 @@ def submit(plan: Plan, run: RunDirectory) -> str:
     output = f"{logs}/slurm-".replace("%", "%%") + "%j.log"
     command = ["sbatch", "--parsable", f"--output={output}"]
     if excluded := run.excluded_nodes():
-        command.append(f"--exclude={','.join(excluded)}")
+        asked = cluster.sbatch.get("exclude")
+        command.append(f"--exclude={','.join([*excluded, *([str(asked)] if asked else [])])}")
     done = _ask(*command, text=script)
     if done.returncode:
         raise UserError(
@@ -127,12 +131,16 @@ def _check_partition(name: str, cluster: SlurmCluster) -> None:
     """What sbatch would take and then never start. Raises UserError."""
     options = _ask("sinfo", "--noheader", "--format=%P|%D|%l|%L")
     partitions = [line.split("|") for line in options.stdout.splitlines()]
-    asked = str(cluster.sbatch.get("partition", cluster.partition or "")).split(",")
+    default = cluster.partition or os.environ.get("SBATCH_PARTITION", "")
+    asked = str(cluster.sbatch.get("partition", default)).split(",")
     chosen = [p for p in partitions if p[0].rstrip("*") in asked or (asked == [""] and p[0].endswith("*"))]
     if not chosen:
         return  # sbatch has the better words
-    names = ", ".join(p[0].rstrip("*") for p in chosen)
-    most = max(int(p[1]) for p in chosen)
+    names = ", ".join(dict.fromkeys(p[0].rstrip("*") for p in chosen))
+    counts: Counter[str] = Counter()
+    for p in chosen:
+        counts[p[0]] += int(p[1])
+    most = max(counts.values())
     if cluster.nodes > most:
         raise UserError(
             f"cluster = {name}: {cluster.nodes} nodes, but partition {names} has {most}; ask for at most {most}"
@@ -196,10 +204,12 @@ def _accounted(run: RunDirectory, job: str) -> State:
 
 def _finished(run: RunDirectory, job: str, word: str, words: str) -> State:
     own = ended(run)
-    if own.word != "interrupted":
+    if own.word not in ("interrupted", "preempted"):
         return own
     if word.startswith("CANCELLED"):
         return State("stopped", f"job {job} was cancelled")
+    if own.word == "preempted":
+        return own
     if run.last_attempt() == 0:
         words += f"; was {run.path} visible there?"
     return State("interrupted", f"job {job} is {words}")
@@ -235,7 +245,7 @@ def ledger() -> dict[str, Any]:
 
 def can_restart(plan: Plan, run: RunDirectory) -> bool:
     """Not without time to train and save, nor on a node that failed twice."""
-    failures = [a["failure"] for a in run.attempts() if a["failure"] and a.get("job") == _job()]
+    failures = [a["failure"] for a in run.attempts_of_launch() if a["failure"]]
     # An exit code is the program's own; what kills it, or keeps it from starting, may be the node's.
     counts = Counter(f["host"] for f in failures if not f["cause"].startswith(("exit code", "srun")))
     bad = [host for host, count in counts.items() if count >= FAILURES_OF_A_BAD_NODE]
@@ -246,13 +256,15 @@ def can_restart(plan: Plan, run: RunDirectory) -> bool:
 
 def go_on_later(plan: Plan, run: RunDirectory) -> str:
     """Have SLURM run this job's script again; what it did, in words."""
-    job, fields = _job(), _fields()
+    job, fields = _job(), _fields(patience_seconds=PATIENCE_SECONDS)
+    if not fields:
+        return f"SLURM does not answer, so job {job} is not requeued; type `launch` again"
     if fields.get("BatchFlag") != "1":
         return f"job {job} has no script to requeue; type `launch` again"
     if _restarted(fields):
         done = f"SLURM has requeued job {job}"
     elif fields.get("Requeue") == "1":
-        asked = _ask("scontrol", "requeue", job)
+        asked = _ask_patiently("scontrol", "requeue", job)
         if asked.returncode:
             return f"job {job} cannot be requeued: {_words(asked.stderr)}; type `launch` again"
         done = f"job {job} is requeued"
@@ -265,9 +277,14 @@ def go_on_later(plan: Plan, run: RunDirectory) -> str:
     if excluded:
         before = fields.get("ExcNodeList", "(null)")
         nodes = sorted({*excluded, *([] if before == "(null)" else hostnames(before))})
-        asked = _ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+        asked = _ask_patiently("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
         done += f", without {', '.join(excluded)}" if not asked.returncode else f" ({_words(asked.stderr)})"
     return done
+
+
+def stay_ended() -> None:
+    if _restarted(_fields()):
+        _ask("scancel", _job())
 
 
 def start(plan: Plan, run: RunDirectory, attempt: int) -> "SrunGang":
@@ -354,12 +371,7 @@ class SrunGang:
             self._tell(None)
 
     def stopped_by(self) -> str:
-        """Whether a user cancelled the job. SLURM says no more of a job that is ending than what it is not."""
-        fields = _fields()
-        is_ending = fields.get("JobState") in ("COMPLETING", "CANCELLED")
-        is_over = seconds(fields.get("RunTime", "0")) >= seconds(fields.get("TimeLimit", "UNLIMITED"))
-        is_preempted = _restarted(fields) or fields.get("PreemptTime", "None") != "None"
-        return "stopped" if is_ending and not is_over and not is_preempted else "preempted"
+        return stopped_by(_fields(), os.environ)
 
     def _tell(self, words: bytes | None) -> None:
         """To all hosts; None ends them."""
@@ -370,7 +382,7 @@ class SrunGang:
             else:
                 self._srun.stdin.write(words)
                 self._srun.stdin.flush()
-        except OSError:  # srun has ended
+        except (OSError, ValueError):  # srun has ended, or was told to
             pass
 
     def _force(self) -> None:
@@ -481,17 +493,17 @@ class StepGang:
         self._host.kill()
 
     def stopped_by(self) -> str:
-        return "preempted"
+        return stopped_by(_fields(), os.environ)
 
 
 class InStep:
     """The backend of `launch worker`: processes are there already."""
 
-    def __init__(self, place: Place, run: RunDirectory):
-        self._place, self._run = place, run
+    def __init__(self, host: Host):
+        self._host = host
 
     def start(self, plan: Plan, run: RunDirectory, attempt: int) -> StepGang:
-        return StepGang(Host(self._place, run), attempt, plan.processes)
+        return StepGang(self._host, attempt, plan.processes)
 
     def ledger(self) -> dict[str, Any]:
         return ledger()
@@ -513,27 +525,38 @@ def _nodes() -> list[str]:
 
 def _time(field: str) -> float:
     """`%l`, the time limit of this job, or `%L`, what is left of it, in seconds; infinite where unknown."""
-    return (
-        _limit(_ask("squeue", "--noheader", f"--jobs={_job()}", f"--format={field}").stdout.strip())
-        or math.inf
-    )
+    limit = _limit(_ask("squeue", "--noheader", f"--jobs={_job()}", f"--format={field}").stdout.strip())
+    return math.inf if limit is None else limit
 
 
-def _fields() -> dict[str, str]:
-    """What `scontrol show job` says of this job."""
-    text = _ask("scontrol", "--oneliner", "show", "job", _job()).stdout
+def _fields(patience_seconds: float = 0.0) -> dict[str, str]:
+    """What `scontrol show job` says of this job; nothing where it cannot be asked, as in a container."""
+    if not shutil.which("scontrol"):
+        return {}
+    command = ["scontrol", "--oneliner", "show", "job", _job()]
+    text = _ask_patiently(*command, patience_seconds=patience_seconds).stdout
     return dict(reversed(re.findall(r"(\w+)=(\S*)", text)))  # a comment at the end may say anything
 
 
-def _restarted(fields: dict[str, str]) -> bool:
+def _restarted(fields: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the job was requeued since it began."""
-    return int(fields.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return int(fields.get("Restarts", 0)) > int(environment.get("SLURM_RESTART_COUNT", 0))
+
+
+def stopped_by(fields: Mapping[str, str], environment: Mapping[str, str]) -> str:
+    """Whether a user cancelled the job. Of a job that is ending, SLURM tells only what it is not."""
+    is_ending = fields.get("JobState") in ("COMPLETING", "CANCELLED")
+    is_over = seconds(fields.get("RunTime", "0")) >= seconds(fields.get("TimeLimit", "UNLIMITED"))
+    is_preempted = _restarted(fields, environment) or fields.get("PreemptTime", "None") != "None"
+    has_lost_nodes = fields.get("Reason") in ("NodeDown", "PartitionDown")
+    return "preempted" if not is_ending or is_over or is_preempted or has_lost_nodes else "stopped"
 
 
 def _code(words: str) -> int:
     """`Exited with exit code 3`, `Killed`, … as an exit code, or minus the signal."""
     if match := re.search(r"exit code (\d+)", words):
-        return int(match[1])
+        code = int(match[1])
+        return code if code < 128 else 128 - code
     name = words.removesuffix(" (core dumped)")
     return -_SIGNALS[name] if name in _SIGNALS else 1
 
@@ -545,6 +568,19 @@ def _ask(*command: str, text: str | None = None) -> subprocess.CompletedProcess[
         )
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} on this machine; type this where SLURM is") from None
+
+
+def _ask_patiently(
+    *command: str, patience_seconds: float = PATIENCE_SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Again while the controller cannot be reached: it may be restarting."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        done = _ask(*command)
+        out_of_reach = done.returncode and re.search(r"contact|connect|timed out", done.stderr, re.IGNORECASE)
+        if not out_of_reach or time.monotonic() > deadline:
+            return done
+        time.sleep(2.0)
 
 
 def _words(stderr: str) -> str:

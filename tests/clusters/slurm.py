@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-NODES = ("n1", "n2", "rack1n3", "gpu04-ib")  # as sites call them
+NODES = ("n1", "n2", "n3-ib", "rack1n4")  # as sites call them
 BRIDGE, NETWORK = "podlaunch0", "10.77.0"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
 READY_SECONDS = 60

@@ -99,7 +99,9 @@ def test_batch_script_by_hand_is_the_same_run(slurm, run, uninterrupted):
 
 def test_worker_in_a_script_of_ones_own_joins_by_itself(slurm, run):
     launch = [sys.executable, "-m", "launcher.cli", "worker", *run.arguments("train.steps=4", cluster=None)]
-    slurm.run("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", *launch)
+    srun = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", *launch]
+    slurm.run(*srun)
+    assert "run tiny is complete" in slurm.run(*srun)  # and the other task does not wait for what is done
     (attempt,) = run.attempts()
     assert (attempt["verdict"], attempt["hosts"]) == ("completed", ["n1", "n2"])
     assert run.result()["step"] == 4
@@ -113,7 +115,7 @@ def test_two_jobs_share_nodes(slurm, run, make_run):
     ports = set()
     for r in (run, other):
         assert r.attempts()[0]["hosts"] == ["n1", "n2"]
-        (meeting,) = r.path.glob("hosts/meeting-*")
+        (meeting,) = r.path.glob("logs/meeting-*")
         ports.add(json.loads(meeting.read_text())[1])
     assert len(ports) == 2
     assert {port.partition(":")[0] for port in ports} == {"10.77.0.11"}
@@ -148,7 +150,7 @@ def test_job_outlives_its_launcher_and_is_seen_followed_and_stopped_from_elsewhe
         r"^tiny +running +step \d+/100000 +slurm-2x0$", text_of(run.command("list")), re.MULTILINE
     )
     refused = text_of(run.launch("train.steps=100000", cluster=PAIR), code=2)
-    assert f"error: run tiny is running (job {job(run)})" in refused
+    assert f"error: run tiny is running in job {job(run)}:" in refused
     both = text_of(run.command("logs")).splitlines()
     assert {line.split("]")[0] for line in both} == {"[host 0", "[host 1"}
     attached, follow = run.command("attach"), run.command("logs", "-f", "--host", "1")
@@ -220,6 +222,7 @@ def test_node_cut_off_is_named_then_excluded_and_the_run_goes_on_elsewhere(slurm
     assert (lost["failure"]["host"], lost["failure"]["cause"]) == ("n2", "lost")
     assert (absent["failure"]["host"], absent["failure"]["cause"]) == ("n2", "not started")
     assert "nothing was heard of n2" in text
+    assert "is requeued, without n2" in batch_log(run)
     assert (last["verdict"], "n2" in last["hosts"]) == ("completed", False)
     assert last["restart_count"] == 1
 
@@ -258,8 +261,11 @@ def test_cancelled_job_is_stopped_not_failed(slurm, run):
     assert "tiny (stopped)" in text_of(run.command("status"))
 
 
-def test_preempted_by_a_site_that_cancels_it_goes_on_later(slurm, run):
-    launched = run.launch("--sbatch", "partition=scavenge", "--sbatch", "exclusive", cluster=PAIR)
+@pytest.mark.parametrize("partition", ["main", "scavenge"])  # a site that requeues, one that cancels
+def test_preempted_it_saves_and_goes_on_later(slurm, run, partition):
+    launched = run.launch(
+        "--sbatch", f"partition={partition}", "--sbatch", "exclusive", "train.steps=20", cluster=PAIR
+    )
     run.wait_for_step(3)
     slurm.run(
         "sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
@@ -271,7 +277,7 @@ def test_preempted_by_a_site_that_cancels_it_goes_on_later(slurm, run):
 
 
 def test_job_that_may_not_be_requeued_is_submitted_again(slurm, run):
-    launched = run.launch("--sbatch", "no-requeue", cluster=PAIR)
+    launched = run.launch("--sbatch", "no-requeue", "train.steps=20", cluster=PAIR)
     run.wait_for_step(3)
     before = job(run)
     slurm.run("scancel", "--signal=TERM", before)  # as --signal does before the time limit
@@ -280,6 +286,24 @@ def test_job_that_may_not_be_requeued_is_submitted_again(slurm, run):
     assert (first["job"], first["verdict"]) == (before, "preempted")
     assert (last["job"], last["verdict"]) == (job(run), "completed")
     assert last["job"] != before
+
+
+def test_job_too_short_to_save_is_refused_in_it(slurm, run):
+    output = run.folder / "output.txt"
+    command = subprocess.list2cmdline([sys.executable, "-m", "launcher.cli", *run.arguments(cluster=None)])
+    slurm.run(
+        "sbatch", "--wait", "--nodes=2", "--time=3", f"--output={output}", f"--wrap={command}", check=False
+    )
+    assert "the time limit of job" in output.read_text()
+    assert not run.root.exists()
+
+
+def test_too_little_time_for_another_attempt_has_the_job_requeued(slurm, run):
+    launched = run.launch("--sbatch", "time=7", "train.steps=20", cluster=PAIR)  # 5 to save, 2 to be early
+    run.wait_until(run.checkpoint_steps, "a checkpoint")
+    os.kill(run.workers()[1], signal.SIGKILL)
+    text_of(launched)
+    assert [(a["verdict"], a["restart_count"]) for a in run.attempts()] == [("failed", 0), ("completed", 1)]
 
 
 # Refused

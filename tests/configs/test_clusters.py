@@ -51,6 +51,7 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
         ("{nodes: 1, process_per: gpus}", 'a.process_per = gpus: allowed: node, gpu; did you mean "gpu"?'),
         ("{nodes: 1, process_per: gpu}", "a.process_per = gpu needs gpus_per_node above 0"),
         ("{nodes: 1, save_minutes: 0}", "a.save_minutes = 0: must be at least 0.5"),
+        ("{nodes: 1, sbatch: {time: 5}}", "a.sbatch has a time; write it as a setting of the cluster"),
         ("{nodes: 1, nodes: 2}", "a.nodes is written twice"),
     ],
 )

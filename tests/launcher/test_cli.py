@@ -389,7 +389,7 @@ def test_unknown_run_names_the_nearest(made, command):
 def failed(made) -> RunDirectory:
     """A run whose one attempt failed at step 30, with a checkpoint at 20."""
     run = made()
-    assert run.begin_attempt() == 1
+    assert run.begin_attempt({}) == 1
     run.log(1, 0).write_text("joined\nlost its peer\n")
     run.log(1, 1).write_text("joined\ncut")
     words = {
@@ -510,7 +510,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["run", QUICKSTART, "--requeue"], "--requeue: this is no SLURM job"),
+        (["run", QUICKSTART, "--requeue"], "--requeue belongs into the batch script of a SLURM job"),
         (["run", QUICKSTART, "--detach"], "--detach: cluster local-2x2 has no queue"),
         (
             ["run", QUICKSTART, "--sbatch", "time=3"],

@@ -106,6 +106,7 @@ def test_options_that_cannot_be_are_refused(name, option, told):
         ({}, "slurm-4x0", 4, 1),
         ({"SLURM_GPUS_ON_NODE": "8"}, "slurm-4x8", 4, 8),
         ({"SLURM_GPUS_PER_NODE": "a100:8"}, "slurm-4x8", 4, 8),
+        ({"SLURM_GPUS_PER_NODE": "a100"}, "slurm-4x1", 4, 1),
         ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "8"}, "slurm-4x8", 32, 1),
         ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1"}, "slurm-4x8", 4, 8),
     ],
@@ -116,6 +117,11 @@ def test_in_an_allocation_the_default_is_all_of_it(monkeypatch, variables, name,
     spec = default()
     assert (spec.name, spec.processes, spec.devices_per_process) == (name, processes, devices)
     assert spec.submission is None
+
+
+def test_a_login_to_a_node_of_a_job_is_no_allocation(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert default() == resolve("local-2x2")
 
 
 def test_one_of_several_tasks_does_not_launch_them_all(monkeypatch):

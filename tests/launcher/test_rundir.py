@@ -147,11 +147,11 @@ def test_ledger_keeps_what_looks_like_the_end_of_a_line(run):
 
 def test_attempt_begins_with_a_clean_slate(run):
     assert run.last_attempt() == 0
-    assert run.begin_attempt() == 1
+    assert run.begin_attempt({}) == 1
     run.write_report(0, {"step": 5})
     run.write_result({"status": "failed"})
     assert (run.report(0), run.result()) == ({"step": 5}, {"status": "failed"})
-    assert run.begin_attempt() == 2
+    assert run.begin_attempt({}) == 2
     assert (run.report(0), run.result()) == ({}, None)
     assert run.log(2, 1) == run.path / "logs" / "attempt-2" / "host-1.log"
     assert run.log(2, 1).parent.is_dir()
@@ -159,11 +159,11 @@ def test_attempt_begins_with_a_clean_slate(run):
 
 def test_attempts_are_numbered_beyond_nine(run):
     for number in range(1, 12):
-        assert run.begin_attempt() == number
+        assert run.begin_attempt({}) == number
 
 
 def test_each_process_has_its_own_newest_word(run):
-    run.begin_attempt()
+    run.begin_attempt({})
     for step in (1, 2):
         run.write_report(0, {"step": step})
     run.write_report(1, {"step": 7})

@@ -110,12 +110,16 @@ class Supervised:
     on_watch: Callable[[], None] = lambda: None
     on_announce: Callable[[], None] = lambda: None
 
-    def __call__(self, *gangs: MemoryGang, max_restarts: int = 3, **backend: Any) -> dict[str, Any]:
+    def __call__(
+        self, *gangs: MemoryGang, max_restarts: int = 3, begin: bool = True, **backend: Any
+    ) -> dict[str, Any]:
         def announce(text: str) -> None:
             self.said.append(text)
             self.on_announce()
 
         self.backend = MemoryBackend(list(gangs), **backend)
+        if begin:
+            self.run.begin(self.backend.job)
         result = supervise(
             replace(self.plan, max_restarts=max_restarts),
             self.run,
@@ -193,25 +197,27 @@ def test_hosts_that_take_no_other_attempt_have_the_run_go_on_elsewhere(supervise
     assert "go on elsewhere" in supervised.said[0]
 
 
-def test_restarts_are_counted_over_the_requeues_of_a_job_and_anew_for_the_next(supervised):
+@pytest.mark.parametrize("next_job", ["7", "8"])  # requeued, or submitted in its place
+def test_restarts_are_counted_over_all_jobs_of_a_launch_and_anew_for_the_next(supervised, next_job):
     supervised(MemoryGang(CRASH), job="7", hosts_are_good=False, max_restarts=1)
-    assert supervised(MemoryGang(CRASH), job="7", max_restarts=1)["status"] == "failed"
+    assert supervised(MemoryGang(CRASH), job=next_job, begin=False, max_restarts=1)["status"] == "failed"
     gangs = MemoryGang(CRASH), MemoryGang(COMPLETE)
-    assert supervised(*gangs, job="8", max_restarts=1)["status"] == "completed"
-    assert [a["job"] for a in supervised.run.attempts()] == ["7", "7", "8", "8"]
+    assert supervised(*gangs, job="9", max_restarts=1)["status"] == "completed"
+    assert [a["job"] for a in supervised.run.attempts()] == ["7", next_job, "9", "9"]
 
 
 def test_job_that_never_comes_to_a_checkpoint_is_not_requeued_for_ever(supervised):
     saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
-    ends = [supervised(MemoryGang(saved), job="7")["status"] for _ in range(3)]
+    ends = [supervised(MemoryGang(saved), job=str(n), begin=n == 0)["status"] for n in range(3)]
     assert ends == ["preempted", "preempted", "failed"]
-    assert "give it more time" in supervised.said[-1]
+    assert "give the job more time" in supervised.said[-1]
 
 
 def test_progress_between_requeues_makes_a_job_go_on(supervised):
     saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
     for step in (5, 10, 15, 20):
-        assert supervised(MemoryGang(saved, checkpoints=[step]), job="7")["status"] == "preempted"
+        result = supervised(MemoryGang(saved, checkpoints=[step]), job="7", begin=step == 5)
+        assert result["status"] == "preempted"
 
 
 # Failures and restarts
@@ -380,7 +386,6 @@ def test_stop_before_training_has_begun_waits_for_nobody(supervised):
 
 def test_stop_request_of_an_earlier_launch_is_forgotten(supervised):
     supervised.run.request_stop()
-    supervised.run.begin(job=None)
     gang = MemoryGang(COMPLETE)
     assert (supervised(gang)["status"], gang.asked) == ("completed", 0)
 
@@ -388,7 +393,7 @@ def test_stop_request_of_an_earlier_launch_is_forgotten(supervised):
 def test_stop_request_that_comes_before_the_job_begins_is_heard(supervised):
     supervised.run.begin(job="7")
     supervised.run.request_stop()
-    assert supervised(MemoryGang(), job="7")["status"] == "stopped"
+    assert supervised(MemoryGang(), begin=False, job="7")["status"] == "stopped"
 
 
 def test_stop_asked_for_between_two_attempts_is_heard(supervised):
@@ -421,8 +426,8 @@ def test_gang_is_ended_when_the_launcher_itself_fails(supervised):
 def lost(supervised):
     """An attempt whose launcher was killed at step 17, a minute in, long ago."""
     run = supervised.run
-    run.add_attempt({"attempt": run.begin_attempt(), **attempt(0, 5, 5, 60)})
-    number = run.begin_attempt()
+    run.add_attempt({"attempt": run.begin_attempt({}), **attempt(0, 5, 5, 60)})
+    number = run.begin_attempt({})
     begun = 1_700_000_000.0
     run.write_report(0, {"host": "here", "processes": 1, "step": 17, "begun": begun, "time": begun + 60.0})
     for step in (5, 10):
@@ -448,7 +453,7 @@ def test_lost_attempt_ended_with_its_last_word_not_with_the_next_launch(lost):
 
 
 def test_lost_attempt_that_never_said_a_word_has_a_line_too(supervised):
-    supervised.run.begin_attempt()
+    supervised.run.begin_attempt({})
     supervised(MemoryGang(COMPLETE))
     assert [(a["attempt"], a["verdict"]) for a in supervised.run.attempts()] == [
         (1, "launcher lost"),

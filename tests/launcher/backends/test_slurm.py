@@ -118,6 +118,7 @@ def test_workers_in_a_container_run_on_its_python_and_see_the_run_directory(subm
     [
         ("Killed", -9),
         ("Exited with exit code 3", 3),
+        ("Exited with exit code 137", -9),
         ("Aborted (core dumped)", -6),
         ("Terminated", -15),
         ("?", 1),
@@ -125,6 +126,34 @@ def test_workers_in_a_container_run_on_its_python_and_see_the_run_directory(subm
 )
 def test_what_srun_says_of_a_task_is_an_exit_code(words, code):
     assert slurm._code(words) == code
+
+
+CANCELLED = {"JobState": "COMPLETING", "Restarts": "0", "PreemptTime": "None", "RunTime": "00:01:00",
+             "TimeLimit": "1:00:00", "Reason": "None"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "restarts", "by"),
+    [
+        ({}, 0, "stopped"),
+        ({"JobState": "RUNNING"}, 0, "preempted"),  # signalled before the time limit
+        ({"PreemptTime": "2026-11-24T13:26:51"}, 0, "preempted"),
+        ({"Restarts": "1"}, 0, "preempted"),  # requeued by SLURM
+        ({"Restarts": "1"}, 1, "stopped"),
+        ({"RunTime": "01:00:02"}, 0, "preempted"),
+        ({"Reason": "NodeDown"}, 0, "preempted"),
+    ],
+)
+def test_only_a_job_that_is_cancelled_is_stopped_by_the_user(fields, restarts, by):
+    assert slurm.stopped_by(CANCELLED | fields, {"SLURM_RESTART_COUNT": str(restarts)}) == by
+
+
+def test_nothing_known_of_a_job_is_no_reason_not_to_go_on():
+    assert slurm.stopped_by({}, {}) == "preempted"
+
+
+def test_options_that_are_zero_are_passed_on(submitted):
+    assert "#SBATCH --mem=0\n" in slurm.render(submitted(nodes=2, sbatch={"mem": 0}))
 
 
 def test_without_squeue_the_state_of_a_job_is_unknown_not_interrupted(submitted, tmp_path, monkeypatch):
