@@ -183,8 +183,9 @@ def state(run: RunDirectory) -> State:
         return _accounted(run, job)
     word, reason, start, host = asked.stdout.splitlines()[0].split("|")
     if word in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+        why = "" if reason == "None" else f", {reason}"
         when = "" if start == "N/A" else f", expected to start at {start}"
-        return State("queued", f"job {job}, {reason}{when}")
+        return State("queued", f"job {job}{why}{when}")
     if word in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"):
         return State("running", "" if word == "RUNNING" else f"job {job}, {word}")
     return _finished(run, job, word, f"{word}, {reason}, on {host}")
