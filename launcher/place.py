@@ -77,17 +77,18 @@ def _expanded(nodelist: str) -> list[str]:
     names = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
         parts = re.split(r"\[([^\]]*)\]", item)  # text, bracket, text, …
-        choices = [_numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
+        choices = [numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
         names += ["".join(chosen) for chosen in itertools.product(*choices)]
     return names
 
 
-def _numbers(bracket: str) -> list[str]:
-    numbers = []
+def numbers(bracket: str) -> list[str]:
+    """`01-03,7` in full, as wide as written."""
+    found = []
     for part in bracket.split(","):
         first, _, last = part.partition("-")
-        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
-    return numbers
+        found += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def address(place: Place, interface: str | None) -> str:

@@ -8,6 +8,8 @@ job             the SLURM job that the run is, or was last
 first-attempt   number of the first attempt of the newest launch
 excluded-nodes  nodes that failed twice since then
 checkpoints/ tensorboard/ logs/attempt-K/host-H.log
+logs/attempt-K/where.json logs/meeting-STEP
+                where an attempt runs; how the tasks of a SLURM step find each other
 .lock .id       held by its launcher; tells it apart from a run of the same name elsewhere
 """
 

@@ -24,7 +24,7 @@ from configs.errors import UserError
 from configs.files import write_atomically
 from launcher.backends import Exit, State, drain, ended
 from launcher.host import HEARTBEAT_SECONDS, INTERFACE, Host
-from launcher.place import hostnames
+from launcher.place import hostnames, numbers
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
@@ -426,7 +426,7 @@ class SrunGang:
     def _srun_says(self, line: str) -> bool:
         self._last_words = line
         if match := _TASKS.match(line):
-            for task in hostnames(f"[{match[2]}]"):
+            for task in numbers(match[2]):
                 self._news.put({"process": int(task), "exit": _code(match[3]), "error": ""})
         elif match := _NODE.match(line):
             for process, node in enumerate(self._nodes):
