@@ -32,7 +32,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check test-fast slurm
+test: check slurm test-fast
 	$(BIN)/pytest -m cluster
 
 test-fast: $(READY)
