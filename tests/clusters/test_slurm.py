@@ -276,14 +276,14 @@ def test_preempted_it_saves_and_goes_on_later(slurm, run, partition):
     assert (last["verdict"], last["from_step"], last["restart_count"]) == ("completed", first["kept_step"], 1)
 
 
-def test_job_that_may_not_be_requeued_is_submitted_again(slurm, run):
-    launched = run.launch("--sbatch", "no-requeue", "train.steps=20", cluster=PAIR)
-    run.wait_for_step(3)
+def test_without_time_for_another_attempt_a_job_that_may_not_be_requeued_is_submitted_again(slurm, run):
+    launched = run.launch("--sbatch", "no-requeue", "--sbatch", "time=7", "train.steps=20", cluster=PAIR)
+    run.wait_until(run.checkpoint_steps, "a checkpoint")
     before = job(run)
-    slurm.run("scancel", "--signal=TERM", before)  # as --signal does before the time limit
+    os.kill(run.workers()[1], signal.SIGKILL)  # with 7 minutes left: 5 to save, 2 for SLURM to be early
     text_of(launched)
     first, last = run.attempts()
-    assert (first["job"], first["verdict"]) == (before, "preempted")
+    assert (first["job"], first["verdict"]) == (before, "failed")
     assert (last["job"], last["verdict"]) == (job(run), "completed")
     assert last["job"] != before
 
@@ -296,14 +296,6 @@ def test_job_too_short_to_save_is_refused_in_it(slurm, run):
     )
     assert "the time limit of job" in output.read_text()
     assert not run.root.exists()
-
-
-def test_too_little_time_for_another_attempt_has_the_job_requeued(slurm, run):
-    launched = run.launch("--sbatch", "time=7", "train.steps=20", cluster=PAIR)  # 5 to save, 2 to be early
-    run.wait_until(run.checkpoint_steps, "a checkpoint")
-    os.kill(run.workers()[1], signal.SIGKILL)
-    text_of(launched)
-    assert [(a["verdict"], a["restart_count"]) for a in run.attempts()] == [("failed", 0), ("completed", 1)]
 
 
 # Refused
