@@ -13,8 +13,9 @@ from configs.schema import NonNegative, Positive, PositiveFloat, Section, from_l
 
 # What the run itself decides, or what would take its output and signals away.
 OURS = {
-    "array", "chdir", "clusters", "error", "gpus", "gpus-per-node", "gpus-per-task", "input", "job-name", "kill-on-bad-exit", "label", "nodes", "ntasks",
-    "ntasks-per-node", "open-mode", "output", "parsable", "pty", "signal", "test-only", "wait", "wrap",
+    "array", "chdir", "clusters", "error", "gpus", "gpus-per-node", "gpus-per-task", "input", "job-name",
+    "kill-on-bad-exit", "label", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "pty",
+    "signal", "test-only", "wait", "wrap",
 }  # fmt: skip
 # "minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours", "days-hours:minutes" and
 # "days-hours:minutes:seconds" (https://slurm.schedmd.com/sbatch.html#OPT_time).

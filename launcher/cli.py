@@ -556,12 +556,12 @@ def _states(directory: "RunDirectory") -> Iterator["State"]:
     due, news, word = -math.inf, None, None
     while True:
         newest, newest_word = (directory.last_attempt(), directory.result()), directory.report(0).get("time")
-        if newest != news or time.monotonic() >= due:
-            state, news = backend.state(directory), newest
+        ask = newest != news or time.monotonic() >= due
+        if ask:
+            state = backend.state(directory)
+        if ask or newest_word != word:
             due = time.monotonic() + backend.ASK_SECONDS
-        elif newest_word != word:
-            due = time.monotonic() + backend.ASK_SECONDS
-        word = newest_word
+        news, word = newest, newest_word
         yield state
         if not state.is_active:
             return

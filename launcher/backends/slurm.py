@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from configs.clusters import SlurmCluster, seconds
@@ -55,7 +55,8 @@ def render(plan: Plan) -> str:
     return "\n".join(
         [
             "#!/bin/bash",
-            *(f"#SBATCH {option}" for option in _flags(_options(plan, cluster))),
+            # sbatch reads quotes in its lines as a shell does.
+            *(f"#SBATCH {flag}" for flag in _flags(_options(plan, cluster), quote=shlex.quote)),
             "",
             *cluster.setup,
             *(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()),
@@ -87,14 +88,12 @@ def _options(plan: Plan, cluster: SlurmCluster) -> dict[str, str | int | bool]:
         "requeue": "no-requeue" not in cluster.sbatch,
         "open-mode": "append",
     }
-    found = (options | cluster.sbatch).items()
-    return {name: value for name, value in found if value is not None and value is not False}
+    return {name: value for name, value in (options | cluster.sbatch).items() if value is not None}
 
 
-def _flags(options: dict[str, str | int | bool]) -> list[str]:
-    # sbatch reads quotes in its lines as a shell does.
+def _flags(options: dict[str, str | int | bool], quote: Callable[[str], str] = str) -> list[str]:
     return [
-        f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}"
+        f"--{name}" if value is True else f"--{name}={quote(str(value))}"
         for name, value in options.items()
         if value is not False
     ]
@@ -319,12 +318,16 @@ def _srun(plan: Plan, attempt: int) -> list[str]:
     if cluster.container:
         mounts = [f"{plan.run_directory}:{plan.run_directory}", *cluster.container.mounts]
         options |= {"container-image": cluster.container.image, "container-mounts": ",".join(mounts)}
-    flags = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in (options | cluster.srun).items()
-        if value is not False
+    return [
+        "srun",
+        *_flags(options | cluster.srun),
+        python,
+        "-P",
+        "-m",
+        "launcher.host",
+        plan.run_directory,
+        str(attempt),
     ]
-    return ["srun", *flags, python, "-P", "-m", "launcher.host", plan.run_directory, str(attempt)]
 
 
 def _interface(plan: Plan) -> dict[str, str]:
