@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,14 @@ class Run:
         pids = self.workers()
         for process in processes:
             os.kill(pids[process], signal.SIGKILL)
+
+    def kill_with_launcher(self, launched: Command) -> None:
+        """SIGKILL to the launcher and to all workers, of which some may be quicker to leave by themselves."""
+        pids = self.workers()
+        launched.process.kill()
+        for pid in pids.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def assert_same_bits(self, other: "Run", step: int = STEPS) -> None:
         mine, others = self.arrays(step), other.arrays(step)

@@ -117,8 +117,7 @@ def test_killed_in_mid_save_it_resumes_from_the_bucket_to_the_bits_of_the_run_fr
     run.wait_for_step(2 * SAVE_EVERY + 2)
     assert saved_steps(server) == [SAVE_EVERY]
     assert server.contents(unfinished), "the save has begun"
-    launched.process.kill()
-    run.kill_workers(*run.workers())
+    run.kill_with_launcher(launched)
     launched.wait()
 
     server.faults = []
