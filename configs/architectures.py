@@ -1,9 +1,12 @@
-"""The ResNet family as data, so that a plan can count parameters without importing jax.
+"""The ResNet family as data, so that a plan can count parameters and FLOPs without importing jax.
 
 models/resnet.py builds exactly these; a test holds the two together.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
@@ -50,23 +53,56 @@ def blocks(architecture: Architecture, width: int) -> list[list[Block]]:
     return stages
 
 
-def num_parameters(name: str, *, num_classes: int, width: int = 64, stem: str = "imagenet") -> int:
-    """Trainable parameters of `name`; batch-norm statistics are not counted."""
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution, without bias and followed by a batch norm."""
+
+    kernel: int
+    in_channels: int
+    out_channels: int
+    reduction: int
+    """Pixels of the image along each axis to one of its output."""
+
+
+def convolutions(name: str, *, width: int, stem: str) -> Iterator[Convolution]:
+    """Every convolution of `name`, in order."""
     architecture = ARCHITECTURES[name]
     expansion = EXPANSION[architecture.block]
+    pools = stem == "imagenet"
+    yield Convolution(7, 3, width, 2) if pools else Convolution(3, 3, width, 1)
+    reduction = 4 if pools else 1
+    for block in chain.from_iterable(blocks(architecture, width)):
+        before, reduction = reduction, reduction * block.stride
+        out_channels = block.channels * expansion
+        if architecture.block == "basic":
+            yield Convolution(3, block.in_channels, block.channels, reduction)
+            yield Convolution(3, block.channels, block.channels, reduction)
+        else:
+            yield Convolution(1, block.in_channels, block.channels, before)
+            yield Convolution(3, block.channels, block.channels, reduction)
+            yield Convolution(1, block.channels, out_channels, reduction)
+        if block.stride != 1 or block.in_channels != out_channels:
+            yield Convolution(1, block.in_channels, out_channels, reduction)
 
-    def conv_bn(kernel: int, in_channels: int, out_channels: int) -> int:
-        return kernel * kernel * in_channels * out_channels + 2 * out_channels
 
-    total = conv_bn(7 if stem == "imagenet" else 3, 3, width)
-    for stage in blocks(architecture, width):
-        for b in stage:
-            out_channels = b.channels * expansion
-            if architecture.block == "basic":
-                total += conv_bn(3, b.in_channels, b.channels) + conv_bn(3, b.channels, b.channels)
-            else:
-                total += conv_bn(1, b.in_channels, b.channels) + conv_bn(3, b.channels, b.channels)
-                total += conv_bn(1, b.channels, out_channels)
-            if b.stride != 1 or b.in_channels != out_channels:
-                total += conv_bn(1, b.in_channels, out_channels)
-    return total + (width * 8 * expansion + 1) * num_classes
+def num_parameters(name: str, *, num_classes: int, width: int = 64, stem: str = "imagenet") -> int:
+    """Trainable parameters of `name`; batch-norm statistics are not counted."""
+    total = sum(
+        c.kernel**2 * c.in_channels * c.out_channels + 2 * c.out_channels
+        for c in convolutions(name, width=width, stem=stem)
+    )
+    return total + (_num_features(name, width) + 1) * num_classes
+
+
+def flops_per_image(name: str, *, image_size: int, num_classes: int, width: int, stem: str) -> int:
+    """Of a forward pass, two for a multiply-add, in convolutions and classifier; the rest is below 1 %."""
+    multiply_adds = sum(
+        math.ceil(image_size / c.reduction) ** 2 * c.kernel**2 * c.in_channels * c.out_channels
+        for c in convolutions(name, width=width, stem=stem)
+    )
+    return 2 * (multiply_adds + _num_features(name, width) * num_classes)
+
+
+def _num_features(name: str, width: int) -> int:
+    """What the classifier sees."""
+    return width * 8 * EXPANSION[ARCHITECTURES[name].block]

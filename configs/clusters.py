@@ -1,9 +1,9 @@
-"""clusters.yaml: the SLURM clusters that `--cluster` knows by name, and what `slurm-NxG` stands for."""
+"""clusters.yaml: the SLURM clusters and TPU slices that `--cluster` knows by name, and the settings of each."""
 
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -11,6 +11,7 @@ from configs.errors import UserError
 from configs.load import load_entries
 from configs.schema import NonNegative, Positive, PositiveFloat, Section, from_list
 
+Names = TypeVar("Names", dict[str, str], tuple[str, ...])
 # What the run itself decides, or what would take its output and signals away.
 OURS = {
     "array", "chdir", "clusters", "error", "gpus", "gpus-per-node", "gpus-per-task", "input", "job-name",
@@ -60,11 +61,23 @@ def _options(options: dict[str, str | int | bool]) -> dict[str, str | int | bool
     return options
 
 
-def _variables(variables: dict[str, str]) -> dict[str, str]:
+def _variables(variables: Names) -> Names:
     for name in variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} is no name of a variable")
     return variables
+
+
+def _labels(labels: dict[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) or not re.fullmatch(r"[a-z0-9_-]{0,63}", value):
+            raise ValueError(
+                f"{key}: {value} is no label; both have lowercase letters, digits, - and _, at most 63, "
+                "and the first begins with a letter"
+            )
+        if key.startswith("podlaunch"):
+            raise ValueError(f"{key} is set by podlaunch; choose another key")
+    return labels
 
 
 Text = Annotated[str, AfterValidator(_one_line)]
@@ -72,6 +85,8 @@ Text = Annotated[str, AfterValidator(_one_line)]
 Time = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v), AfterValidator(_time)]
 Options = Annotated[dict[str, str | int | bool], AfterValidator(_options)]
 Variables = Annotated[dict[str, str], AfterValidator(_variables)]
+Labels = Annotated[dict[str, str], AfterValidator(_labels)]
+Texts = Annotated[tuple[Text, ...], from_list]
 
 
 class ContainerConfig(Section):
@@ -79,7 +94,7 @@ class ContainerConfig(Section):
 
     image: Text
     """What `srun --container-image` takes."""
-    mounts: Annotated[tuple[Text, ...], from_list] = ()
+    mounts: Texts = ()
     """What `srun --container-mounts` takes, each one. The run directory is mounted by itself."""
 
 
@@ -140,20 +155,109 @@ class SlurmCluster(Section):
         return self.gpus_per_node if self.process_per == "gpu" else 1
 
 
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.:-]{0,61}[a-z0-9])?", value):
+        raise ValueError("must be a name of small letters, digits and dashes")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
+class TpuCluster(Section):
+    """A slice of Cloud TPUs, or several, or a way of using them."""
+
+    accelerator: Text
+    """What follows `tpu-` in the name of a cluster, such as `v4-32`; `launch clusters tpu` lists all."""
+    project: Name | None = None
+    """Google Cloud project; null: the one of the credentials, or of gcloud."""
+    zone: Name | None = None
+    """Zone, such as `us-central2-b`; null: the one of gcloud."""
+    tpu: Name | None = None
+    """Name of a TPU that exists; nothing is created or deleted then."""
+    provisioning: Literal["on-demand", "spot", "reserved"] = "on-demand"
+    """How the chips are paid for; `spot` is cheaper, and may be taken away at any time."""
+    reservation: Text | None = None
+    """Name of the reservation to take from; null: any, where `provisioning` is `reserved`."""
+    runtime: Text | None = None
+    """Software version of the VMs; null: the one for this generation."""
+    network: Text | None = None
+    """VPC network; null: the project's default."""
+    subnetwork: Text | None = None
+    """Subnetwork; null: the network's own in this region."""
+    external_ips: bool = True
+    """Give each VM an external address. Without one the subnetwork needs Private Google Access."""
+    tags: Texts = ()
+    """Network tags of the VMs, to which firewall rules apply."""
+    service_account: Text | None = None
+    """Account as which the VMs act; null: the default one of Compute Engine."""
+    labels: Labels = Field(default_factory=dict)
+    """Labels of what is created, for bills. podlaunch adds its own."""
+    valid_until_hours: PositiveFloat | None = None
+    """Hours to wait in the queue for chips; null: without end."""
+    reach: Literal["external", "internal", "iap"] = "external"
+    """How SSH gets to the VMs: by their external addresses, by their internal ones, or through the tunnel of
+    Identity-Aware Proxy."""
+    iap_group: Text | None = None
+    """Destination group of the tunnel, which `reach: iap` needs."""
+    ssh_user: Text | None = None
+    """User on the VMs; null: the one here. With `os_login`, the one of your profile."""
+    ssh_key: Text | None = None
+    """File of the private key; null: `~/.ssh/google_compute_engine`, made if absent."""
+    os_login: bool = False
+    """The project manages keys by OS Login; false: the key is put into the VMs' metadata."""
+    ssh_options: Texts = ()
+    """Options of SSH, each as `ssh -o` takes it."""
+    python: Text | None = None
+    """Python with podlaunch's packages on the VMs; null: one is made there from the lock file."""
+    environment: Variables = Field(default_factory=dict)
+    """Variables of the workers. They are written down with the plan: secrets do not belong here."""
+    secrets: Annotated[tuple[str, ...], AfterValidator(_variables), from_list] = ()
+    """Names of variables that the workers get from the environment of `launch`. Their values are never written
+    down."""
+    keep: bool = False
+    """Do not delete what was created when the run has ended."""
+    contact_seconds: PositiveFloat = 120.0
+    """Seconds after which a VM that does not answer is given up; one that has just been created takes its time."""
+    platform: Literal["tpu", "cpu"] = "tpu"
+    """`cpu`: rehearse on CPU devices in the place of chips."""
+    min_disk_gib: PositiveFloat = 5.0
+    """Free disk in GiB without which a VM is not used."""
+    max_code_mib: PositiveFloat = 100.0
+    """Size in MiB above which the code is not shipped."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.reservation and self.provisioning != "reserved":
+            raise ValueError("reservation needs provisioning = reserved")
+        if self.iap_group and self.reach != "iap":
+            raise ValueError("iap_group needs reach = iap")
+        if self.reach == "iap" and not self.iap_group:
+            raise ValueError("reach = iap needs iap_group")
+        if self.reach == "external" and not self.external_ips:
+            raise ValueError("external_ips = false needs reach = internal or iap")
+        return self
+
+
 def files() -> list[Path]:
     """Where named clusters are looked up, the first first."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return [Path("configs/clusters.yaml"), home / "podlaunch" / "clusters.yaml"]
 
 
-def named() -> dict[str, SlurmCluster]:
+def named() -> dict[str, SlurmCluster | TpuCluster]:
     """All named clusters. Raises UserError with every problem of their files."""
-    found: dict[str, SlurmCluster] = {}
+    found: dict[str, SlurmCluster | TpuCluster] = {}
     for file in files():
         if not file.is_file():
             continue
-        for name, cluster in load_entries(file, SlurmCluster).items():
+        for name, cluster in load_entries(file, _kind).items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise UserError(f"{file}: {name!r}: a cluster's name has letters, digits, dots and dashes")
             found.setdefault(name, cluster)
     return found
+
+
+def _kind(settings: dict[str, Any]) -> type[SlurmCluster | TpuCluster]:
+    """What has an accelerator is a slice of TPUs."""
+    return TpuCluster if "accelerator" in settings else SlurmCluster

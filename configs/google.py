@@ -76,6 +76,15 @@ def explained(where: str, *, bucket: str, roles: str) -> Iterator[None]:
         raise UserError(refused(where, e)) from None
 
 
+def errors() -> tuple[type[Exception], ...]:
+    """All that the client raises of a service that refuses or cannot be reached."""
+    from google.api_core.exceptions import GoogleAPICallError, RetryError
+    from google.auth.exceptions import GoogleAuthError
+    from requests.exceptions import RequestException
+
+    return (GoogleAPICallError, RetryError, GoogleAuthError, RequestException)
+
+
 def is_passing(error: Any) -> bool:
     """Whether credentials were only out of reach. google-auth says so, or wraps what it met, in several ways."""
     from google.auth.exceptions import TransportError

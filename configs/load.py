@@ -7,7 +7,7 @@ misspelt name, the nearest valid one.
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -58,8 +58,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def load_entries(path: Path, model: type[Model]) -> dict[str, Model]:
-    """The file at `path`, a mapping of names to sections that are each a `model`. Raises UserError."""
+def load_entries(path: Path, model_of: Callable[[dict[str, Any]], type[Model]]) -> dict[str, Model]:
+    """The file at `path`, a mapping of names to sections; `model_of` tells their kind. Raises UserError."""
     values, where, problems = _read(path, "it is a mapping of names to settings")
     entries = {}
     for name, value in values.items():
@@ -69,6 +69,7 @@ def load_entries(path: Path, model: type[Model]) -> dict[str, Model]:
                 f"{below.get((), path)}: {name} must be a mapping of settings, got a {_kind(value)}"
             )
             continue
+        model = model_of(value)
         try:
             entries[str(name)] = model.model_validate(value)
         except ValidationError as e:
@@ -77,6 +78,25 @@ def load_entries(path: Path, model: type[Model]) -> dict[str, Model]:
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return entries
+
+
+def changed(entry: Model, settings: Sequence[str], option: str, owner: str) -> Model:
+    """`entry`, called `owner`, with each `key=value` that the command line's `option` gives. Raises UserError."""
+    values: dict[str, Any] = entry.model_dump()
+    where: dict[Loc, str] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"{option} {setting}: a setting is key=value; keys: {', '.join(values)}")
+        values[key] = _value(text)
+        where[(key,)] = f"{option} {setting}"
+    try:
+        return type(entry).model_validate(values)
+    except ValidationError as e:
+        problems = [
+            p for error in e.errors() for p in _explain(error, Path(option), where, type(entry), owner)
+        ]
+        raise UserError("\n".join(dict.fromkeys(problems))) from None
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -134,10 +154,6 @@ def _apply(override: str, values: dict[str, Any], where: dict[Loc, str]) -> list
     loc = tuple(key.split("."))
     if not equals or len(loc) < 2 or not all(loc):
         return [f"{override!r}: an override is section.key=value, such as train.batch_size=512"]
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except _YAML_ERRORS:
-        value = text
     section: Any = values
     for name in loc[:-1]:
         if section.get(name) is None:
@@ -145,10 +161,18 @@ def _apply(override: str, values: dict[str, Any], where: dict[Loc, str]) -> list
         section = section[name]
         if not isinstance(section, dict):
             return [f"command line: {key}: {name} is not a section in the recipe"]
-    section[loc[-1]] = value
+    section[loc[-1]] = _value(text)
     for i in range(1, len(loc) + 1):
         where[loc[:i]] = "command line"
     return []
+
+
+def _value(text: str) -> Any:
+    """What stands behind a `=`: YAML, or else the text itself."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except _YAML_ERRORS:
+        return text
 
 
 def _explain(
@@ -238,6 +262,8 @@ def _allowed(error: ErrorDetails, model: type[BaseModel], known: bool, name: str
         "dict_type": "must be a mapping",
         "list_type": "must be a list",
     }
+    if kind == "tuple_type" and Ellipsis in get_args(annotation):
+        return "must be a list"
     if kind in ("tuple_type", "missing", "too_long"):
         return f"must be a list of {len(get_args(annotation))} numbers"
     return bounds.get(kind, error["msg"])

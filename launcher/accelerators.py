@@ -1,9 +1,18 @@
-"""Which accelerators this machine has, found without importing jax."""
+"""Which accelerators there are: those of this machine, found without importing jax, and the table of Cloud TPUs."""
 
 import importlib.util
+import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from configs.errors import UserError
+from configs.load import nearest
+
+CHIPS_PER_VM = 4
+"""Of a slice with more than one VM, whatever its generation."""
 
 
 def num_nvidia_gpus(dev: Path = Path("/dev")) -> int:
@@ -20,6 +29,146 @@ def num_nvidia_gpus(dev: Path = Path("/dev")) -> int:
     return count
 
 
+def tpu_chips(dev: Path = Path("/dev")) -> list[Path]:
+    """Device files of the TPU chips of this machine, older ones and newer ones."""
+    files = [*dev.glob("accel*"), *dev.glob("vfio/*")]
+    return sorted(file for file in files if re.fullmatch(r"accel\d+|vfio/\d+", str(file.relative_to(dev))))
+
+
 def has_cuda_plugin() -> bool:
     """Whether jax here was installed with CUDA support."""
     return any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
+
+
+# Cloud TPU
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation of TPU chips, as the Cloud TPU API offers it."""
+
+    name: str
+    type_prefix: str
+    """What the API's accelerator types begin with."""
+    api_type: str
+    """Its AcceleratorConfig.Type."""
+    counts: Literal["cores", "chips"]
+    """What the size in a type's name counts; a chip has two cores, whatever JAX makes of them."""
+    devices_per_chip: int
+    hbm_gib: int
+    """Of a chip, as what follows."""
+    hbm_gb_per_second: int
+    bf16_tflops: int
+    runtime: str
+    """Software version of a VM."""
+    sizes: dict[int, str]
+    """Valid sizes, ascending, and the topology of each."""
+    most_chips_per_vm: int = CHIPS_PER_VM
+    """Of a slice that is one VM."""
+
+
+@dataclass(frozen=True)
+class TpuSlice:
+    """One slice: chips that are wired to each other, and the VMs that they belong to."""
+
+    generation: Generation
+    accelerator_type: str
+    """The API's name of it."""
+    topology: str
+    chips: int
+    vms: int
+    chips_per_vm: int
+    devices_per_vm: int
+    """JAX devices."""
+
+
+# https://cloud.google.com/tpu/docs: v2, v3, v4, v5e, v5p, v6e, and runtimes.
+_BASE = "tpu-ubuntu2204-base"
+_CUBES = {
+    8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 384: "4x4x12", 512: "4x8x8",
+    1024: "8x8x8", 1536: "8x8x12", 2048: "8x8x16", 4096: "8x16x16",
+}  # fmt: skip
+_LARGER_CUBES = {6144: "12x16x16", 8192: "16x16x16", 12288: "16x16x24"}
+_SQUARES = {
+    1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
+}  # fmt: skip
+_V2 = {8: "2x2", 32: "4x4", 128: "8x8", 256: "8x16", 512: "16x16"}
+_V3 = {
+    8: "2x2", 32: "4x4", 64: "4x8", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32", 2048: "32x32",
+}  # fmt: skip
+_V5E, _V5P, _V6E = "v2-alpha-tpuv5-lite", "v2-alpha-tpuv5", "v2-alpha-tpuv6e"
+GENERATIONS = {
+    g.name: g
+    for g in (
+        Generation("v2", "v2", "V2", "cores", 2, 16, 700, 46, _BASE, _V2),
+        Generation("v3", "v3", "V3", "cores", 2, 32, 900, 123, _BASE, _V3),
+        Generation("v4", "v4", "V4", "cores", 1, 32, 1228, 275, _BASE, _CUBES),
+        Generation("v5e", "v5litepod", "V5LITE_POD", "chips", 1, 16, 819, 197, _V5E, _SQUARES, 8),
+        Generation("v5p", "v5p", "V5P", "cores", 1, 95, 2765, 459, _V5P, _CUBES | _LARGER_CUBES),
+        Generation("v6e", "v6e", "V6E", "chips", 1, 32, 1640, 918, _V6E, _SQUARES, 8),
+    )
+}
+
+
+def tpu(text: str) -> tuple[TpuSlice, int]:
+    """The slice that `text` names, what follows `tpu-` in a cluster's name, and how many of it. Raises UserError.
+
+    It is GENERATION-SHAPE or GENERATION-SHAPExSLICES. A shape is a size, as in `v4-32`, or a topology, as in
+    `v4-2x2x4`. What can be read as a topology is one: `v5e-4x8` is 32 chips, `v5e-64x2` is two slices.
+    """
+    name, _, shape = text.partition("-")
+    generation = _generation(name, text)
+    shapes = {str(size): size for size in generation.sizes}
+    shapes |= {topology: size for size, topology in generation.sizes.items()}
+    if shape in shapes:
+        return tpu_slice(generation, shapes[shape]), 1
+    one, _, slices = shape.rpartition("x")
+    if one in shapes and re.fullmatch(r"[1-9][0-9]{0,3}", slices):
+        return tpu_slice(generation, shapes[one]), int(slices)
+    raise UserError(f"cluster = tpu-{text}: no such size; nearest: {_nearest_sizes(generation, shape)}")
+
+
+def tpu_slice(generation: Generation, size: int) -> TpuSlice:
+    topology = generation.sizes[size]
+    chips = _chips(topology)
+    chips_per_vm = chips if chips <= generation.most_chips_per_vm else CHIPS_PER_VM
+    return TpuSlice(
+        generation,
+        f"{generation.type_prefix}-{size}",
+        topology,
+        chips,
+        chips // chips_per_vm,
+        chips_per_vm,
+        chips_per_vm * generation.devices_per_chip,
+    )
+
+
+def _chips(topology: str) -> int:
+    return math.prod(map(int, topology.split("x")))
+
+
+def _generation(name: str, text: str) -> Generation:
+    for generation in GENERATIONS.values():
+        if name in (generation.name, generation.type_prefix):
+            return generation
+    if re.match(r"(tpu)?v?([7-9]|[1-9][0-9])", name):
+        raise UserError(
+            f"cluster = tpu-{text}: chips newer than v6e do not come through the Cloud TPU API; "
+            f"allowed: {', '.join(GENERATIONS)}"
+        )
+    raise UserError(
+        f"cluster = tpu-{text}: unknown generation {name}{nearest(name, list(GENERATIONS))} "
+        f"(there are: {', '.join(GENERATIONS)}; see `launch clusters tpu`)"
+    )
+
+
+def _nearest_sizes(generation: Generation, shape: str) -> str:
+    """The next below and the next above `shape`, written as it is: a size, or a topology."""
+    numbers = [int(n) for n in re.findall(r"[0-9]{1,6}", shape)] or [0]
+    if len(numbers) < 3:
+        wanted, known = numbers[0], {size: str(size) for size in generation.sizes}
+    else:
+        dims = len(generation.sizes[8].split("x"))
+        wanted, known = math.prod(numbers[:dims]), {_chips(t): t for t in generation.sizes.values()}
+    below, above = [n for n in known if n <= wanted], [n for n in known if n > wanted]
+    return ", ".join(f"tpu-{generation.name}-{known[n]}" for n in [*below[-1:], *above[:1]])

@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from configs.clusters import SlurmCluster, files, named
+from configs.clusters import SlurmCluster, TpuCluster, files, named
 from configs.errors import UserError
-from configs.load import nearest
+from configs.load import changed, nearest
 from launcher import accelerators
+from launcher.metadata import TpuWorker
 from launcher.place import Place
 
 KINDS = {
@@ -22,7 +23,8 @@ KINDS = {
     "local-P": "P processes here, one CPU device each",
     "local-PxD": "P processes here, D CPU devices each",
     "slurm-NxG": "a SLURM job of N nodes with G GPUs each; G = 0: one CPU device each",
-    "NAME": "a SLURM cluster of clusters.yaml",
+    "tpu-GEN-SIZE": "a Cloud TPU slice, such as tpu-v4-32; see `launch clusters tpu`",
+    "NAME": "a cluster of clusters.yaml",
 }
 WITHOUT_ACCELERATOR = "local-2x2"
 MOST_LOCAL_DEVICES = 256
@@ -34,12 +36,12 @@ class ClusterSpec:
     backend: str
     """Which file of launcher/backends/ starts it."""
     platform: str
-    """jax platform of its devices: cpu or gpu."""
+    """jax platform of its devices: cpu, gpu or tpu."""
     hosts: int
     processes: int
     devices_per_process: int
-    submission: SlurmCluster | None = None
-    """What SLURM is asked for; None where the processes are started from here."""
+    submission: SlurmCluster | TpuCluster | None = None
+    """What the scheduler or the cloud is asked for; None where the processes are started from here."""
 
 
 def default() -> ClusterSpec:
@@ -49,14 +51,26 @@ def default() -> ClusterSpec:
     return resolve("local" if accelerators.num_nvidia_gpus() else WITHOUT_ACCELERATOR)
 
 
-def resolve(name: str, sbatch: tuple[str, ...] = ()) -> ClusterSpec:
-    """The cluster called `name`, with further `option=value` of sbatch. Raises UserError, with the nearest name."""
+def resolve(name: str, sbatch: tuple[str, ...] = (), settings: tuple[str, ...] = ()) -> ClusterSpec:
+    """The cluster called `name`, with further `key=value` settings of it, and `option=value` of sbatch over those.
+
+    Raises UserError, with the nearest name.
+    """
     spec = _local(name)
     if spec is None:
-        return slurm(name, _with_options(_slurm_cluster(name), sbatch))
+        cluster = changed(_cluster(name), settings, "--set", name)
+        if isinstance(cluster, SlurmCluster):
+            return slurm(name, _with_options(cluster, sbatch))
+        spec = tpu(name, cluster)
+    elif settings:
+        raise UserError(f"--set {settings[0]}: cluster {name} has no settings; see `launch clusters`")
     if sbatch:
         raise UserError(f"--sbatch {sbatch[0]}: cluster {name} is no SLURM cluster; see `launch clusters`")
     return spec
+
+
+def of_cluster(name: str, cluster: SlurmCluster | TpuCluster) -> ClusterSpec:
+    return slurm(name, cluster) if isinstance(cluster, SlurmCluster) else tpu(name, cluster)
 
 
 def _local(name: str) -> ClusterSpec | None:
@@ -73,7 +87,7 @@ def _local(name: str) -> ClusterSpec | None:
     return ClusterSpec(name, "local", "cpu", 1, processes, devices)
 
 
-def _slurm_cluster(name: str) -> SlurmCluster:
+def _cluster(name: str) -> SlurmCluster | TpuCluster:
     if match := re.fullmatch(r"slurm-([0-9]{1,6})x([0-9]{1,3})", name):
         nodes, gpus = int(match[1]), int(match[2])
         if not nodes:
@@ -82,7 +96,9 @@ def _slurm_cluster(name: str) -> SlurmCluster:
     found = named()
     if name in found:
         return found[name]
-    examples = ["local-2", "local-4", WITHOUT_ACCELERATOR, "slurm-2x1", "slurm-4x8"]
+    if match := re.fullmatch(r"tpu-([A-Za-z0-9-]+)", name):
+        return TpuCluster(accelerator=match[1])
+    examples = ["local-2", "local-4", WITHOUT_ACCELERATOR, "slurm-2x1", "slurm-4x8", "tpu-v4-32"]
     raise UserError(
         f"cluster = {name}: unknown{nearest(name, [*KINDS, *examples, *found])} "
         f"(there are: {', '.join([*KINDS, *found])}; a NAME stands in {' or '.join(map(str, files()))})"
@@ -101,6 +117,13 @@ def slurm(name: str, cluster: SlurmCluster, *, submit: bool = True) -> ClusterSp
         (cluster.gpus_per_node // tasks) or 1,
         cluster if submit else None,
     )
+
+
+def tpu(name: str, cluster: TpuCluster) -> ClusterSpec:
+    """A process on each VM of its slices. On CPU there are as many devices."""
+    one, num_slices = accelerators.tpu(cluster.accelerator)
+    hosts = one.vms * num_slices
+    return ClusterSpec(name, "tpu", cluster.platform, hosts, hosts, one.devices_per_vm, cluster)
 
 
 def _with_options(cluster: SlurmCluster, options: tuple[str, ...]) -> SlurmCluster:
@@ -144,6 +167,19 @@ def of_step(place: Place) -> ClusterSpec:
     gpus, tasks = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)), place.processes_per_node
     name, platform = f"slurm-{len(place.nodes)}x{gpus}", "gpu" if gpus else "cpu"
     return ClusterSpec(name, "slurm", platform, len(place.nodes), place.processes, (gpus // tasks) or 1)
+
+
+def of_vm(worker: TpuWorker) -> ClusterSpec:
+    """The TPU slices on whose VMs `launch worker` was started."""
+    one, _ = accelerators.tpu(worker.accelerator_type)
+    if len(worker.addresses) != one.vms:
+        raise UserError(
+            f"{worker.accelerator_type} has {one.vms} VMs, and the metadata server tells of {len(worker.addresses)}"
+        )
+    name = f"tpu-{worker.accelerator_type}" + (f"x{worker.slices}" if worker.slices > 1 else "")
+    platform = "cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "tpu"
+    hosts = one.vms * worker.slices
+    return ClusterSpec(name, "tpu", platform, hosts, hosts, one.devices_per_vm)
 
 
 def _this_machine() -> ClusterSpec:

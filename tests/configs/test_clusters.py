@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.clusters import SlurmCluster, files, named, seconds
+from configs.clusters import SlurmCluster, TpuCluster, files, named, seconds
 from configs.errors import UserError
 
 
@@ -53,6 +53,20 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
         ("{nodes: 1, save_minutes: 0}", "a.save_minutes = 0: must be at least 0.5"),
         ("{nodes: 1, sbatch: {time: 5}}", "a.sbatch has a time; write it as a setting of the cluster"),
         ("{nodes: 1, nodes: 2}", "a.nodes is written twice"),
+        ("{nodes: 1, setup: module load cuda}", "a.setup = module load cuda: must be a list"),
+        ("{accelerator: v4-8, nodes: 1}", "a.nodes: unknown key"),
+        ("{accelerator: v4-8, zon: x}", 'a.zon: unknown key; did you mean "zone"? (a has: accelerator, '),
+        ("{accelerator: 4}", "a.accelerator = 4: must be text"),
+        ("{accelerator: v4-8, provisioning: spt}", "allowed: on-demand, spot, reserved; did you mean"),
+        ("{accelerator: v4-8, reservation: r}", "a.reservation needs provisioning = reserved"),
+        ("{accelerator: v4-8, iap_group: g}", "a.iap_group needs reach = iap"),
+        ("{accelerator: v4-8, external_ips: false}", "a.external_ips = false needs reach = internal or iap"),
+        ("{accelerator: v4-8, labels: {Team: x}}", "Team: x is no label; both have lowercase letters"),
+        ("{accelerator: v4-8, labels: {team: a b}}", "team: a b is no label"),
+        ("{accelerator: v4-8, labels: {team: 1}}", "a.labels.team = 1: must be text"),
+        ("{accelerator: v4-8, labels: {podlaunch-run: x}}", "podlaunch-run is set by podlaunch"),
+        ("{accelerator: v4-8, secrets: [A=1]}", "'A=1' is no name of a variable"),
+        ("{accelerator: v4-8, valid_until_hours: 0}", "a.valid_until_hours = 0: must be above 0"),
     ],
 )
 def test_mistakes_are_told_at_their_line(write, entry, told):
@@ -87,5 +101,15 @@ def test_what_is_no_time_limit(time):
         seconds(time)
 
 
-def test_every_setting_explains_itself():
-    assert [name for name, field in SlurmCluster.model_fields.items() if not field.description] == []
+def test_an_accelerator_makes_a_slice_of_tpus(write):
+    write("a: {accelerator: v4-32, provisioning: reserved, tags: [x, y], secrets: [TOKEN]}\nb: {nodes: 1}")
+    found = named()
+    assert found["a"] == TpuCluster(
+        accelerator="v4-32", provisioning="reserved", tags=("x", "y"), secrets=("TOKEN",)
+    )
+    assert found["b"] == SlurmCluster(nodes=1)
+
+
+@pytest.mark.parametrize("model", [SlurmCluster, TpuCluster])
+def test_every_setting_explains_itself(model):
+    assert [name for name, field in model.model_fields.items() if not field.description] == []

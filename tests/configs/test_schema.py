@@ -12,7 +12,7 @@ from configs.load import load
 from configs.schema import RunConfig, json_schema
 
 FOLDER = Path(configs.__file__).parent
-RECIPES = sorted(set(FOLDER.glob("*.yaml")) - {FOLDER / "clusters.yaml"})
+RECIPES = sorted(set(FOLDER.glob("*.yaml")) - {FOLDER / "clusters.yaml", FOLDER / "prices.yaml"})
 IMAGENET = ["r18", "r34", "r50", "r101", "r152"]
 
 

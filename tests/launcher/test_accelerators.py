@@ -1,8 +1,10 @@
-"""GPUs are counted from device files, as far as the user lets us see them."""
+"""GPUs are counted from device files, as far as the user lets us see them; TPU names mean what Google makes of them."""
 
 import pytest
+from google.cloud import tpu_v2
 
-from launcher.accelerators import num_nvidia_gpus
+from configs.errors import UserError
+from launcher.accelerators import GENERATIONS, num_nvidia_gpus, tpu, tpu_slice
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,73 @@ def test_gpus_are_device_files_that_cuda_may_see(tmp_path, monkeypatch, visible,
 def test_a_machine_without_gpus_has_none(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert num_nvidia_gpus(tmp_path) == 0
+
+
+# Cloud TPU
+
+
+def test_the_table_holds_together():
+    for generation in GENERATIONS.values():
+        assert list(generation.sizes) == sorted(generation.sizes)
+        assert generation.api_type in tpu_v2.AcceleratorConfig.Type.__members__
+        for size in generation.sizes:
+            one = tpu_slice(generation, size)
+            assert one.chips == (size // 2 if generation.counts == "cores" else size)
+            assert one.chips == one.vms * one.chips_per_vm
+            assert one.devices_per_vm == one.chips_per_vm * generation.devices_per_chip
+
+
+@pytest.mark.parametrize(
+    ("text", "accelerator_type", "topology", "chips", "vms", "devices_per_vm", "num_slices"),
+    [
+        ("v2-8", "v2-8", "2x2", 4, 1, 8, 1),
+        ("v3-32", "v3-32", "4x4", 16, 4, 8, 1),
+        ("v4-8", "v4-8", "2x2x1", 4, 1, 4, 1),
+        ("v4-32", "v4-32", "2x2x4", 16, 4, 4, 1),
+        ("v4-2x2x4", "v4-32", "2x2x4", 16, 4, 4, 1),
+        ("v4-2x2x4x2", "v4-32", "2x2x4", 16, 4, 4, 2),
+        ("v4-32x2", "v4-32", "2x2x4", 16, 4, 4, 2),
+        ("v5p-12288", "v5p-12288", "16x16x24", 6144, 1536, 4, 1),
+        ("v5e-1", "v5litepod-1", "1x1", 1, 1, 1, 1),
+        ("v5e-4", "v5litepod-4", "2x2", 4, 1, 4, 1),
+        ("v5e-8", "v5litepod-8", "2x4", 8, 1, 8, 1),
+        ("v5e-16", "v5litepod-16", "4x4", 16, 4, 4, 1),
+        ("v5e-64x2", "v5litepod-64", "8x8", 64, 16, 4, 2),
+        ("v5e-4x8", "v5litepod-32", "4x8", 32, 8, 4, 1),
+        ("v5e-4x8x3", "v5litepod-32", "4x8", 32, 8, 4, 3),
+        ("v5e-4x3", "v5litepod-4", "2x2", 4, 1, 4, 3),
+        ("v5litepod-64", "v5litepod-64", "8x8", 64, 16, 4, 1),
+        ("v6e-8", "v6e-8", "2x4", 8, 1, 8, 1),
+        ("v6e-256", "v6e-256", "16x16", 256, 64, 4, 1),
+    ],
+)
+def test_tpu_names(text, accelerator_type, topology, chips, vms, devices_per_vm, num_slices):
+    one, slices = tpu(text)
+    assert (one.accelerator_type, one.topology, one.chips, one.vms, one.devices_per_vm, slices) == (
+        accelerator_type, topology, chips, vms, devices_per_vm, num_slices,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("v4-40", "no such size; nearest: tpu-v4-32, tpu-v4-64"),
+        ("v4-1", "no such size; nearest: tpu-v4-8"),
+        ("v4-999999", "no such size; nearest: tpu-v4-4096"),
+        ("v4-2x2x3", "no such size; nearest: tpu-v4-2x2x2, tpu-v4-2x2x4"),
+        ("v4-2x2x5x2", "no such size; nearest: tpu-v4-2x2x4, tpu-v4-2x4x4"),
+        ("v4-32x0", "no such size; nearest: tpu-v4-32, tpu-v4-64"),
+        ("v5litepod-2", "no such size; nearest: tpu-v5e-1, tpu-v5e-4"),
+        ("v4", "no such size; nearest: tpu-v4-8"),
+        ("v4-", "no such size; nearest: tpu-v4-8"),
+        ("v5-8", 'unknown generation v5; did you mean "v5p"? (there are: v2, v3, v4, v5e, v5p, v6e; see'),
+        ("x-8", "unknown generation x (there are: v2, v3, v4, v5e, v5p, v6e; see `launch clusters tpu`)"),
+        ("7x-8", "chips newer than v6e do not come through the Cloud TPU API; allowed: v2, "),
+        ("v7-8", "chips newer than v6e do not come through the Cloud TPU API; allowed: v2, "),
+        ("tpu7x-8", "chips newer than v6e do not come through the Cloud TPU API; allowed: v2, "),
+    ],
+)
+def test_tpu_names_that_mean_nothing(text, told):
+    with pytest.raises(UserError) as refused:
+        tpu(text)
+    assert str(refused.value).startswith(f"cluster = tpu-{text}: {told}")

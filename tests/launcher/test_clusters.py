@@ -1,10 +1,13 @@
 """A cluster name means one set of processes and devices, or an error with the nearest name."""
 
 import pytest
+from click.testing import CliRunner
 
-from configs.clusters import SlurmCluster
+from configs.clusters import SlurmCluster, TpuCluster
 from configs.errors import UserError
-from launcher.clusters import ClusterSpec, default, of_step, resolve, slurm
+from launcher.accelerators import GENERATIONS
+from launcher.cli import main
+from launcher.clusters import ClusterSpec, default, of_cluster, of_step, resolve, slurm
 from launcher.place import Place
 
 
@@ -34,9 +37,10 @@ def test_default_without_accelerator_is_two_processes_of_two_devices():
         ("local-", "did you mean"),
         ("local-2x", "did you mean"),
         ("local--2", "did you mean"),
-        ("tpu-v4-32", "(there are: local, local-P, local-PxD, slurm-NxG, NAME"),
-        ("local-" + "9" * 5000, "(there are: local, local-P, local-PxD, slurm-NxG, NAME"),
-        ("", "(there are: local, local-P, local-PxD, slurm-NxG, NAME"),
+        ("tpu-", 'did you mean "tpu-v4-32"?'),
+        ("tpuv4-32", 'did you mean "tpu-v4-32"?'),
+        ("local-" + "9" * 5000, "(there are: local, local-P, local-PxD, slurm-NxG, tpu-GEN-SIZE, NAME"),
+        ("", "(there are: local, local-P, local-PxD, slurm-NxG, tpu-GEN-SIZE, NAME"),
     ],
 )
 def test_unknown_cluster_names_the_nearest_or_all(name, hint):
@@ -135,3 +139,107 @@ def test_a_step_is_taken_as_it_is(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     spec = of_step(Place(0, 4, 0, "n1", ("n1", "n2"), "12.0", 0))
     assert (spec.name, spec.hosts, spec.processes, spec.devices_per_process) == ("slurm-2x8", 2, 4, 4)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("provisioning=spot", "os_login=true"), {"provisioning": "spot", "os_login": True}),
+        (("tags=[a, b]", "valid_until_hours=12"), {"tags": ("a", "b"), "valid_until_hours": 12.0}),
+        (("labels={team: x}", "zone=x", "zone=null"), {"labels": {"team": "x"}, "zone": None}),
+        (("accelerator=v4-8",), {"accelerator": "v4-8"}),
+    ],
+)
+def test_settings_come_over_what_the_cluster_has(settings, expected):
+    assert resolve("tpu-v4-32", (), settings).submission == TpuCluster(**{"accelerator": "v4-32", **expected})
+
+
+def test_settings_of_slurm_are_read_as_in_the_file():
+    spec = resolve("slurm-2x1", ("time=5",), ("nodes=3", "time=2:00:00", "partition=debug"))
+    assert spec.hosts == 3
+    assert spec.submission == SlurmCluster(nodes=3, gpus_per_node=1, time="5", partition="debug")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "told"),
+    [
+        ("tpu-v4-32", "provisionin=spot", "--set provisionin=spot: tpu-v4-32.provisionin: unknown key; did you "),
+        ("tpu-v4-32", "provisioning=spt", "--set provisioning=spt: tpu-v4-32.provisioning = spt: allowed: on-"),
+        ("tpu-v4-32", "reservation=r", "--set reservation=r: tpu-v4-32.reservation needs provisioning = "),
+        ("tpu-v4-32", "tags=a", "--set tags=a: tpu-v4-32.tags = a: must be a list"),
+        ("tpu-v4-32", "zone", "--set zone: a setting is key=value; keys: accelerator, project, "),
+        ("slurm-2x1", "time=soon", "--set time=soon: slurm-2x1.time = soon: must be minutes, "),
+        ("slurm-2x1", "zone=x", "--set zone=x: slurm-2x1.zone: unknown key"),
+        ("local-2", "zone=x", "--set zone=x: cluster local-2 has no settings; see `launch clusters`"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(name, setting, told):
+    with pytest.raises(UserError) as refused:
+        resolve(name, (), (setting,))
+    assert str(refused.value).startswith(told)
+
+
+# Cloud TPU
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts", "devices"),
+    [("tpu-v4-32", 4, 4), ("tpu-v3-8", 1, 8), ("tpu-v5e-8", 1, 8), ("tpu-v4-2x2x4x2", 8, 4)],
+)
+def test_a_slice_has_a_process_a_vm(name, hosts, devices):
+    cluster = TpuCluster(accelerator=name.removeprefix("tpu-"))
+    assert resolve(name) == ClusterSpec(name, "tpu", "tpu", hosts, hosts, devices, cluster)
+
+
+def test_a_rehearsal_on_cpus_has_the_same_devices():
+    spec = resolve("tpu-v3-32", (), ("platform=cpu",))
+    assert (spec.platform, spec.processes, spec.devices_per_process) == ("cpu", 4, 8)
+
+
+def test_a_name_of_the_file_goes_before_what_it_would_mean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "clusters.yaml").write_text("tpu-dev: {accelerator: v5e-4}\nb: {nodes: 1}\n")
+    assert resolve("tpu-dev") == of_cluster("tpu-dev", TpuCluster(accelerator="v5e-4"))
+    assert resolve("b") == of_cluster("b", SlurmCluster(nodes=1))
+
+
+def test_sbatch_is_for_slurm_alone():
+    with pytest.raises(UserError, match="--sbatch time=3: cluster tpu-v4-8 is no SLURM cluster"):
+        resolve("tpu-v4-8", ("time=3",))
+
+
+def test_sizes_that_are_none_are_told():
+    with pytest.raises(UserError, match="cluster = tpu-v4-40: no such size; nearest: tpu-v4-32, tpu-v4-64"):
+        resolve("tpu-v4-40")
+
+
+# launch clusters
+
+
+def test_launch_clusters_tpu_lists_every_slice_in_110_columns():
+    listed = CliRunner().invoke(main, ["clusters", "tpu"])
+    lines = listed.stdout.splitlines()
+    assert listed.exit_code == 0
+    assert max(map(len, lines)) <= 110
+    names = [line.split()[0] for line in lines if line.startswith("tpu-")]
+    assert len(names) == sum(len(g.sizes) for g in GENERATIONS.values())
+    assert [resolve(name).name for name in names] == names
+    words = ["tpu-v4-32", "2x2x4", "16", "4", "32", "16", "tpu-ubuntu2204-base"]
+    assert words in [line.split() for line in lines]
+
+
+def test_launch_clusters_names_the_slices_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "clusters.yaml").write_text("mine: {accelerator: v4-32}\n")
+    assert "mine         4 × 4 tpu on 4 VMs\n" in CliRunner().invoke(main, ["clusters"]).stdout
+
+
+def test_launch_clusters_of_another_kind_is_refused():
+    refused = CliRunner().invoke(main, ["clusters", "nonsense"])
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: clusters nonsense: allowed: tpu, or nothing\n"

@@ -1,0 +1,133 @@
+"""What a run on Cloud TPUs costs: prices.yaml, and an estimate of the whole run by the roofline."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import configs
+from configs.architectures import flops_per_image
+from configs.errors import UserError
+from configs.load import nearest
+from configs.schema import ModelConfig
+from launcher.accelerators import GENERATIONS, TpuSlice
+
+Prices = Mapping[str, Mapping[str, float]]
+"""USD a chip-hour, by generation and provisioning."""
+PROVISIONING = ("on-demand", "spot", "reserved")
+# Forward, and twice as much on the way back.
+TRAINING_PASSES = 3
+# Measured on compiled train steps of ResNet-50 and ResNet-152 at 224 pixels in bfloat16.
+BYTES_PER_FLOP = 0.015
+
+
+@dataclass(frozen=True)
+class Estimate:
+    chips: int
+    chip_hours: float
+    """Of the whole run, at the least."""
+    usd_per_hour: float | None
+    """None where no price is known, as below."""
+    usd: float | None
+    """For the whole run, at the least."""
+
+
+def estimate(
+    model: ModelConfig,
+    *,
+    image_size: int,
+    steps: int,
+    batch_size: int,
+    one: TpuSlice,
+    num_slices: int,
+    provisioning: str,
+    prices: Prices,
+) -> Estimate:
+    """At best: every chip computes at its peak or reads its memory at full bandwidth, and nothing else takes time."""
+    forward = flops_per_image(
+        model.name,
+        image_size=image_size,
+        num_classes=model.num_classes,
+        width=model.width,
+        stem=model.stem,
+    )
+    flops = TRAINING_PASSES * forward * steps * batch_size
+    chip, chips = one.generation, one.chips * num_slices
+    chip_seconds = max(
+        flops / (chip.bf16_tflops * 1e12), flops * BYTES_PER_FLOP / (chip.hbm_gb_per_second * 1e9)
+    )
+    chip_hours = chip_seconds / 3600
+    price = prices.get(chip.name, {}).get(provisioning)
+    return Estimate(
+        chips,
+        chip_hours,
+        None if price is None else price * chips,
+        None if price is None else price * chip_hours,
+    )
+
+
+def describe(estimate: Estimate) -> str:
+    """The estimate in one line."""
+    hour, whole = (
+        f" (${usd:,.2f})" if usd is not None else "" for usd in (estimate.usd_per_hour, estimate.usd)
+    )
+    hours = f"{estimate.chip_hours:,.1f}" if estimate.chip_hours >= 1 else f"{estimate.chip_hours:.2g}"
+    return (
+        f"{estimate.chips} chips, {estimate.chips} chip-hours{hour} an hour; "
+        f"at least {hours} chip-hours{whole} for the whole run, by the roofline"
+    )
+
+
+def spent(chips: int, generation: str, provisioning: str, hours: float, prices: Prices) -> str:
+    """What chips have cost in the hours that they were there, in words."""
+    price = prices.get(generation, {}).get(provisioning)
+    usd = "" if price is None else f", ${price * chips * hours:,.2f}"
+    return f"{hours:.1f} h, {chips * hours:,.1f} chip-hours{usd}"
+
+
+def files() -> list[Path]:
+    """Where prices are looked up, the first first."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return [home / "podlaunch" / "prices.yaml", Path(configs.__file__).with_name("prices.yaml")]
+
+
+def known_prices() -> Prices:
+    """All prices. Raises UserError with what is wrong in their files."""
+    found: dict[str, dict[str, float]] = {}
+    for file in reversed(files()):
+        if file.is_file():
+            for generation, prices in _read(file).items():
+                found[generation] = found.get(generation, {}) | prices
+    return found
+
+
+def _read(file: Path) -> dict[str, dict[str, float]]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise UserError(f"{file}: cannot be read: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: it is a mapping of TPU generations to USD a chip-hour, such as v4: 3.22")
+    return {_known(file, "generation", g, GENERATIONS): _prices(file, g, v) for g, v in values.items()}
+
+
+def _prices(file: Path, generation: str, value: Any) -> dict[str, float]:
+    """A number is the price on demand."""
+    prices = value if isinstance(value, dict) else {"on-demand": value}
+    for provisioning, price in prices.items():
+        _known(file, f"{generation}: provisioning", provisioning, PROVISIONING)
+        if type(price) not in (int, float) or not 0 < price < float("inf"):
+            raise UserError(
+                f"{file}: {generation}: {provisioning} = {price}: must be USD a chip-hour, a number above 0"
+            )
+    return prices
+
+
+def _known(file: Path, what: str, word: Any, known: Any) -> str:
+    if word not in known:
+        hint = nearest(str(word), list(known))
+        raise UserError(f"{file}: {what} {word}: unknown{hint} (there are: {', '.join(known)})")
+    return str(word)
