@@ -3,18 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-SLURM = slurm-wlm munge iproute2
+TESTBED = slurm-wlm munge openssh-server iproute2
 
-.PHONY: help quickstart test test-fast slurm check format lock clean
+.PHONY: help quickstart test test-fast testbed check format lock clean
 
 help:
 	@echo "make quickstart   train a ResNet here and now, on two processes"
 	@echo "make test         checks, then all tests"
 	@echo "make test-fast    the tests that start no processes"
-	@echo "make slurm        install SLURM for the tests, where that is possible"
+	@echo "make testbed      install SLURM and sshd for the tests, where that is possible"
 	@echo "make check        ruff, mypy, the import rules"
 	@echo "make format       let ruff format the code"
-	@echo "make lock         resolve requirements.txt anew"
+	@echo "make lock         resolve requirements.txt and requirements-tpu.txt anew"
 
 $(READY): requirements.txt setup.py
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "podlaunch needs Python 3.11 to 3.13; set PYTHON=python3.12"'
@@ -32,18 +32,24 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check slurm test-fast
+test: check testbed test-fast
 	$(BIN)/pytest -m cluster
 
 test-fast: $(READY)
 	$(BIN)/pytest -m "not cluster" --numprocesses 2
 
-# The tests raise a cluster of their own; no service is started here. Without it they skip, and say so.
-slurm:
-	@if [ -x "$$(command -v slurmctld)" ] && [ -x "$$(command -v munged)" ] && [ -x "$$(command -v ip)" ]; then :; \
+# The tests raise clusters of their own; policy-rc.d keeps the installation from starting services. Without
+# the programs they skip, and say so.
+testbed:
+	@absent=$$(for program in slurmctld munged sshd ip; do command -v $$program >/dev/null || echo $$program; done); \
+	if [ -z "$$absent" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; \
-	else echo "SLURM is not installed (Debian: apt-get install $(SLURM)): its tests are skipped"; fi
+	  policy=/usr/sbin/policy-rc.d; \
+	  if [ ! -e $$policy ]; then \
+	    trap "rm -f $$policy" EXIT INT TERM; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod +x $$policy; \
+	  fi; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TESTBED) >/dev/null; \
+	else echo "not installed:" $$absent "(Debian: apt-get install $(TESTBED)): the tests that need them are skipped"; fi
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -54,6 +60,8 @@ lock:
 	$(VENV)-lock/bin/pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile setup.py --extra test --universal --python-version 3.11 --generate-hashes \
 	  --no-annotate --custom-compile-command "make lock" --quiet -o requirements.txt
+	$(VENV)-lock/bin/uv pip compile setup.py --extra tpu --universal --python-version 3.11 --generate-hashes \
+	  --constraint requirements.txt --no-annotate --custom-compile-command "make lock" --quiet -o requirements-tpu.txt
 
 clean:
 	rm -rf $(VENV) $(VENV)-lock *.egg-info

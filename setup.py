@@ -28,6 +28,7 @@ setup(
         "flax>=0.12",
         "gcsfs>=2025.3",
         "google-cloud-storage>=3",
+        "google-cloud-tpu>=1.20",
         "google-crc32c>=1.6",
         "grain>=0.2.16",
         "jax>=0.10,<0.13",

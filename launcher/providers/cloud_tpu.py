@@ -1,0 +1,429 @@
+"""Slices of Cloud TPU, by queued resources of its API (https://cloud.google.com/tpu/docs/queued-resources).
+
+Google's packages are imported where they are used: they take 0.3 s, and most commands do without.
+"""
+
+import configparser
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from configs import google
+from configs.errors import UserError
+from launcher.providers import OWNER, Condition, Found, Machine, Request
+
+ENDPOINT = "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU"
+"""gcloud's own variable for another address of the API. One without TLS is asked without credentials."""
+ROLE = "roles/tpu.admin"
+CALL_SECONDS = 30.0
+RETRY_SECONDS = 60.0
+POLL_SECONDS = 2.0
+WAIT_SECONDS = 15 * 60.0
+"""For a deletion, and until a request is accepted."""
+
+# Its nodes say how an ACTIVE one stands.
+_QUEUED = {
+    "STATE_UNSPECIFIED": "waiting", "CREATING": "waiting", "ACCEPTED": "waiting", "WAITING_FOR_RESOURCES": "waiting",
+    "PROVISIONING": "creating", "ACTIVE": "ready", "DELETING": "leaving",
+    "SUSPENDING": "lost", "SUSPENDED": "lost", "FAILED": "lost",
+}  # fmt: skip
+_NODE = {
+    "STATE_UNSPECIFIED": "creating", "CREATING": "creating", "READY": "ready", "DELETING": "leaving",
+    "RESTARTING": "repairing", "REIMAGING": "repairing", "REPAIRING": "repairing", "STARTING": "repairing",
+    "UNHIDING": "repairing",
+    "STOPPING": "lost", "STOPPED": "lost", "PREEMPTED": "lost", "TERMINATED": "lost", "HIDING": "lost",
+    "HIDDEN": "lost", "UNKNOWN": "lost",
+}  # fmt: skip
+_WORST_FIRST = ("lost", "leaving", "repairing", "creating", "ready")
+
+
+@dataclass(frozen=True)
+class CloudTpu:
+    project: str
+    zone: str
+
+    def create(self, request: Request) -> None:
+        from google.api_core.exceptions import Conflict
+
+        with self._explained(f"TPU {request.name}", request):
+            try:
+                operation = self._client.create_queued_resource(
+                    parent=self._parent,
+                    queued_resource=_queued_resource(request, self._parent),
+                    queued_resource_id=request.name,
+                    **_how(),
+                )
+                _wait(request.name, [operation], lambda: self._queued(request.name) is not None)
+            except Conflict as e:  # also where the answer to a first try was lost
+                owner = request.labels.get(OWNER)
+                if (
+                    owner
+                    and (queued := self._queued(request.name))
+                    and _node_of(queued).labels.get(OWNER) == owner
+                ):
+                    return
+                raise UserError(
+                    f"TPU {request.name}: the name is taken in {self.project}, {self.zone} ({_words(e)}); "
+                    "choose another, or delete what has it"
+                ) from None
+
+    def condition(self, name: str) -> Condition:
+        with self._explained(f"TPU {name}"):
+            queued, nodes = self._queued(name), self._nodes(name)
+        labels = [node.labels for node in ([_node_of(queued)] if queued else nodes)]
+        return replace(_condition(queued, nodes), owner=next((own.get(OWNER, "") for own in labels), ""))
+
+    def machines(self, name: str) -> list[Machine]:
+        with self._explained(f"TPU {name}"):
+            return [m for i, node in enumerate(self._nodes(name)) for m in self._machines(i, node)]
+
+    def let_in(self, name: str, key: str) -> None:
+        with self._explained(f"TPU {name}"):
+            for node in self._nodes(name):
+                keys = node.metadata.get("ssh-keys", "").splitlines()
+                if key not in keys:
+                    metadata = {**node.metadata, "ssh-keys": "\n".join([*keys, key])}
+                    changed = {"name": node.name, "metadata": metadata}
+                    mask = {"paths": ["metadata"]}
+                    self._client.update_node({"node": changed, "update_mask": mask}, **_how())
+
+    def delete(self, name: str) -> None:
+        with self._explained(f"TPU {name}"):
+            self._remove(
+                name,
+                lambda: list(filter(None, [self._queued(name)])),
+                self._client.delete_queued_resource,
+                force=True,
+            )
+            self._remove(name, lambda: self._nodes(name), self._client.delete_node)
+
+    def ours(self, label: str) -> list[Found]:
+        everywhere = {"parent": f"projects/{self.project}/locations/-"}
+        with self._explained(f"TPUs of project {self.project}"):
+            nodes = list(self._client.list_nodes(everywhere, **_how()))
+            queued = list(self._client.list_queued_resources(everywhere, **_how()))
+        nodes_of: dict[tuple[str, str], list[Any]] = {}
+        for node in nodes:
+            nodes_of.setdefault((_zone(node.name), _id(node.queued_resource)), []).append(node)
+        found = []
+        for q in queued:
+            own = nodes_of.pop((_zone(q.name), _id(q.name)), [])
+            if label in _node_of(q).labels:
+                found.append(_found("queued resource", q, _node_of(q), _condition(q, own)))
+        left = [node for own in nodes_of.values() for node in own if label in node.labels]
+        return found + [_found("node", node, node, _condition(None, [node])) for node in left]
+
+    def zones_with(self, accelerator_type: str) -> list[str]:
+        with self._explained(f"TPUs of project {self.project}"):
+            types = self._client.list_accelerator_types(
+                {"parent": f"projects/{self.project}/locations/-"}, **_how()
+            )
+            return sorted({_zone(t.name) for t in types if t.type_ == accelerator_type})
+
+    @property
+    def _parent(self) -> str:
+        return f"projects/{self.project}/locations/{self.zone}"
+
+    @cached_property
+    def _client(self) -> Any:
+        from google.auth.credentials import AnonymousCredentials
+        from google.cloud.tpu_v2 import TpuClient
+        from google.cloud.tpu_v2.services.tpu.transports import TpuRestTransport
+
+        if not (endpoint := os.environ.get(ENDPOINT, "").rstrip("/")):
+            return TpuClient(transport="rest")
+        credentials = AnonymousCredentials() if endpoint.startswith("http://") else None
+        return TpuClient(transport=TpuRestTransport(host=endpoint, credentials=credentials))
+
+    def _queued(self, name: str) -> Any:
+        from google.api_core.exceptions import NotFound
+
+        with suppress(NotFound):
+            return self._client.get_queued_resource(name=f"{self._parent}/queuedResources/{name}", **_how())
+        return None
+
+    def _nodes(self, name: str) -> list[Any]:
+        """The nodes of a queued resource, by slice; or the one that has the name."""
+        nodes = self._client.list_nodes(parent=self._parent, **_how())
+        named = [n for n in nodes if name in (_id(n.name), _id(n.queued_resource))]
+        return sorted(named, key=lambda n: (len(n.name), n.name))
+
+    def _remove(
+        self, name: str, left: Callable[[], list[Any]], delete: Callable[..., Any], **options: bool
+    ) -> None:
+        from google.api_core.exceptions import NotFound
+
+        begun = []
+        for resource in left():
+            if _state(resource) != "DELETING":
+                with suppress(NotFound):
+                    begun.append(delete({"name": resource.name, **options}, **_how()))
+        _wait(name, begun, lambda: not left())
+
+    def _machines(self, index: int, node: Any) -> list[Machine]:
+        endpoints = list(node.network_endpoints)
+        keys = self._host_keys(node)
+        return [
+            Machine(
+                slice=index,
+                worker=worker,
+                internal=endpoint.ip_address,
+                external=endpoint.access_config.external_ip or None,
+                host_keys=keys[worker] if len(keys) == len(endpoints) else (),
+                alias=f"tpu.{node.id}-{worker}",
+            )
+            for worker, endpoint in enumerate(endpoints)
+        ]
+
+    def _host_keys(self, node: Any) -> list[tuple[str, ...]]:
+        """Of each worker. None where the guests have written none yet, or may not."""
+        from google.api_core.exceptions import GoogleAPICallError
+
+        # Without a path and without workers: all that all of them have written. gcloud asks like this, too.
+        with suppress(GoogleAPICallError):
+            answer = self._client.get_guest_attributes({"name": node.name}, timeout=CALL_SECONDS)
+            return [
+                tuple(
+                    f"{item.key} {item.value}"
+                    for item in worker.query_value.items
+                    if item.key.startswith(("ssh-", "ecdsa-"))
+                )
+                for worker in answer.guest_attributes
+            ]
+        return []
+
+    @contextmanager
+    def _explained(self, what: str, request: Request | None = None) -> Iterator[None]:
+        """Raises UserError for what the user must mend, and google.UnreachableError."""
+        from google.api_core.exceptions import ClientError
+
+        with google.explained(what, bucket="", roles=f"the role {ROLE}"):
+            try:
+                yield
+            except ClientError as e:
+                if e.code == 401:
+                    raise
+                raise UserError(f"{what}: {self._problem(e, request)}") from None
+
+    def _problem(self, error: Any, request: Request | None) -> str:
+        """What Google says of a request that it refuses, and the next step."""
+        words = _words(error)
+        if error.reason == "SERVICE_DISABLED":
+            return (
+                f"the Cloud TPU API is not enabled in project {self.project}; "
+                f"enable it with `gcloud services enable tpu.googleapis.com --project {self.project}`"
+            )
+        if _is_quota(error):
+            return f"{words}; ask for less, or for more quota, or choose another zone or provisioning"
+        if error.code == 403:
+            return (
+                f"{words}; give these credentials {ROLE} on project {self.project}, "
+                f"or log in with others: {google.LOG_IN}"
+            )
+        if request and error.code in (400, 404):
+            with suppress(UserError, google.UnreachableError):
+                zones = self.zones_with(request.accelerator_type)
+                if zones and self.zone not in zones:
+                    return f"zone {self.zone} has no {request.accelerator_type}; those that do: {', '.join(zones)}"
+        return f"{words}; mend what was asked of project {self.project}, zone {self.zone}"
+
+
+def project_and_zone(project: str | None, zone: str | None) -> tuple[str, str]:
+    """As given, or as gcloud and Google's clients would have them. Raises UserError where there is none."""
+    settings, environment = _gcloud_settings(), os.environ
+    project = (
+        project
+        or environment.get("GOOGLE_CLOUD_PROJECT")
+        or environment.get("CLOUDSDK_CORE_PROJECT")
+        or settings.get("core", "project", fallback=None)
+        or _project_of_credentials()
+    )
+    zone = zone or environment.get("CLOUDSDK_COMPUTE_ZONE") or settings.get("compute", "zone", fallback=None)
+    if not project:
+        raise UserError(
+            "no Google Cloud project is given; set one with `gcloud config set project PROJECT`, "
+            "or with the variable GOOGLE_CLOUD_PROJECT"
+        )
+    if not zone:
+        raise UserError(
+            "no zone is given; set one with `gcloud config set compute/zone ZONE`, "
+            "or with the variable CLOUDSDK_COMPUTE_ZONE"
+        )
+    return project, zone
+
+
+def _gcloud_settings() -> configparser.ConfigParser:
+    """Of gcloud's active configuration, empty where there is none."""
+    folder = Path(os.environ.get("CLOUDSDK_CONFIG") or Path.home() / ".config" / "gcloud")
+    active = os.environ.get("CLOUDSDK_ACTIVE_CONFIG_NAME")
+    if not active and (file := folder / "active_config").is_file():
+        active = file.read_text().strip()
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(folder / "configurations" / f"config_{active or 'default'}")
+    return settings
+
+
+def _project_of_credentials() -> str | None:
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
+
+    with suppress(DefaultCredentialsError):
+        return google.auth.default()[1]
+    return None
+
+
+def _queued_resource(request: Request, parent: str) -> Any:
+    from google.cloud.tpu_v2 import types
+    from google.protobuf.duration_pb2 import Duration
+
+    spec = types.QueuedResource.Tpu.NodeSpec(parent=parent, node=_node(request))
+    if request.slices == 1:
+        spec.node_id = request.name
+    else:
+        spec.multislice_params = {"node_count": request.slices, "node_id_prefix": request.name}
+    queued = types.QueuedResource(tpu={"node_spec": [spec]})
+    if request.provisioning == "spot":
+        queued.spot = {}
+    elif request.provisioning == "reserved":
+        queued.guaranteed = {}
+    if request.reservation:
+        path = "" if "/" in request.reservation else f"{parent}/reservations/"
+        queued.reservation_name = path + request.reservation
+    if request.valid_until_hours is not None:
+        seconds = round(3600 * request.valid_until_hours)
+        queued.queueing_policy = {"valid_until_duration": Duration(seconds=seconds)}
+    return queued
+
+
+def _node(request: Request) -> Any:
+    from google.cloud.tpu_v2 import types
+
+    node = types.Node(
+        description=request.description,
+        runtime_version=request.runtime,
+        network_config=types.NetworkConfig(
+            network=request.network,
+            subnetwork=request.subnetwork,
+            enable_external_ips=request.external_ips,
+        ),
+        labels=request.labels,
+        tags=request.tags,
+        metadata=request.metadata,
+    )
+    if request.topology:
+        node.accelerator_config = types.AcceleratorConfig(type_=request.generation, topology=request.topology)
+    else:
+        node.accelerator_type = request.accelerator_type
+    if request.service_account:
+        node.service_account = types.ServiceAccount(email=request.service_account)
+    if request.provisioning == "reserved":
+        node.scheduling_config = types.SchedulingConfig(reserved=True)
+    return node
+
+
+def _condition(queued: Any, nodes: list[Any]) -> Condition:
+    """By the queued resource, unless there is none or it is ACTIVE: then by the worst of the nodes."""
+    if queued and _state(queued) != "ACTIVE":
+        message = queued.state.failed_data.error.message
+        return Condition(
+            _QUEUED.get(_state(queued), "repairing"),
+            f"queued resource {_state(queued)}" + (f": {_one_line(message)}" if message else ""),
+        )
+    expected = sum(spec.multislice_params.node_count or 1 for spec in queued.tpu.node_spec) if queued else 0
+    if len(nodes) < expected:
+        return Condition("lost", f"queued resource ACTIVE, with {len(nodes)} of {expected} nodes")
+    if not nodes:
+        return Condition("absent")
+    return min(map(_condition_of_node, nodes), key=lambda condition: _WORST_FIRST.index(condition.word))
+
+
+def _condition_of_node(node: Any) -> Condition:
+    why = f": {_one_line(node.health_description)}" if node.health_description else ""
+    return Condition(_NODE.get(_state(node), "repairing"), f"node {_id(node.name)} {_state(node)}{why}")
+
+
+def _found(kind: str, resource: Any, node: Any, state: Condition) -> Found:
+    config = node.accelerator_config
+    return Found(
+        name=_id(resource.name),
+        zone=_zone(resource.name),
+        kind=kind,
+        accelerator_type=node.accelerator_type or f"{config.type_.name} {config.topology}",
+        state=state,
+        created=resource.create_time,
+        labels=dict(node.labels),
+        description=node.description,
+    )
+
+
+def _wait(name: str, operations: list[Any], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not reached():
+        for operation in operations:
+            if operation.done() and (error := operation.exception()):
+                raise error
+        if time.monotonic() > deadline:
+            raise google.UnreachableError(f"TPU {name}: not done after {WAIT_SECONDS / 60:g} minutes")
+        time.sleep(POLL_SECONDS)
+
+
+def _how() -> dict[str, Any]:
+    """The client's own repetitions, of which these calls have none by default."""
+    from google.api_core.exceptions import ServerError, TooManyRequests
+    from google.api_core.retry import Retry
+    from google.auth.exceptions import TransportError
+    from requests.exceptions import RequestException
+
+    passing = (ServerError, TooManyRequests, RequestException, TransportError)
+    retry = Retry(
+        lambda e: isinstance(e, passing) and not _is_quota(e),
+        initial=1.0,
+        maximum=10.0,
+        timeout=RETRY_SECONDS,
+    )
+    return {"retry": retry, "timeout": CALL_SECONDS}
+
+
+def _is_quota(error: Any) -> bool:
+    """Whether it is about what a project may have, not about how often it may ask."""
+    from google.api_core.exceptions import TooManyRequests
+
+    return (
+        isinstance(error, TooManyRequests)
+        and "quota" in error.message.lower()
+        and error.reason != "RATE_LIMIT_EXCEEDED"
+    )
+
+
+def _words(error: Any) -> str:
+    """Google's own, without the address that its client puts before them."""
+    return _one_line(re.sub(r"^[A-Z]+ https?://\S+: ", "", error.message)).rstrip(".")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _state(resource: Any) -> str:
+    """The name of its state, or the number of one that this client does not know."""
+    state = getattr(resource.state, "state", resource.state)
+    return str(getattr(state, "name", state))
+
+
+def _node_of(queued: Any) -> Any:
+    """The node that is asked for."""
+    return queued.tpu.node_spec[0].node
+
+
+def _id(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _zone(path: str) -> str:
+    return path.split("/")[3]
