@@ -4,7 +4,6 @@ import os
 import shlex
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,16 +63,10 @@ def print_result(
         )
     if steps:
         say(f"{'checkpoints':<12}{directory.checkpoints()} (newest: step {steps[-1]})")
-    say(f"{'look':<12}tensorboard --logdir {shlex.quote(logdir(directory))}")
+    say(f"{'look':<12}tensorboard --logdir {shlex.quote(directory.tensorboard())}")
     if again and result["status"] != "completed":
         mend = "mend it, then " if result["failure"] and not result["failure"]["retryable"] else ""
         say(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
-
-
-def logdir(directory: "RunDirectory") -> str:
-    plan = directory.plan()
-    assert plan is not None
-    return str(plan.config["log"]["tensorboard"] or directory.path / "tensorboard")
 
 
 def duration(seconds: float) -> str:
@@ -164,14 +157,13 @@ class Progress:
             self._last, self._printed = text, time.monotonic()
 
 
-def print_new_lines(path: Path, offsets: dict[Path, int], *, prefix: str) -> None:
-    """Print the whole lines that `path` has gained."""
-    if not path.exists():
-        return
-    with path.open("rb") as f:
-        f.seek(offsets.get(path, 0))
-        content = f.read()
+def print_new_lines(
+    directory: "RunDirectory", attempt: int, process: int, offsets: dict[tuple[int, int], int], *, prefix: str
+) -> None:
+    """Print the whole lines that a log has gained."""
+    offset = offsets.get((attempt, process), 0)
+    content = directory.read_log(attempt, process, offset)
     whole = content[: content.rfind(b"\n") + 1]
-    offsets[path] = offsets.get(path, 0) + len(whole)
+    offsets[attempt, process] = offset + len(whole)
     for line in whole.decode("utf-8", errors="replace").splitlines():
         click.echo(f"{prefix}{line}")

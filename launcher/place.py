@@ -109,13 +109,13 @@ def address(place: Place, interface: str | None) -> str:
             ) from None
 
 
-def hold_port(host: str) -> socket.socket:
-    """A socket that keeps a free port of `host` for jax's coordinator for as long as it is open.
+def hold_port(host: str, port: int = 0) -> socket.socket:
+    """A socket that keeps `port` of `host`, by default a free one, for jax's coordinator for as long as it is open.
 
     It never listens. Both set SO_REUSEPORT, as gRPC does, so the coordinator may bind the port, too; the
     kernel gives it to nobody else, neither to a job that looks for a free one nor to a connection.
     """
     s = socket.socket()
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    s.bind((host, 0))
+    s.bind((host, port))
     return s

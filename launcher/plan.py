@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.architectures import num_parameters
-from configs.clusters import seconds
+from configs.clusters import SlurmCluster, seconds
 from configs.errors import UserError
 from configs.schema import MeshConfig, RunConfig, num_examples
 from launcher.clusters import ClusterSpec
@@ -45,7 +45,7 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Commit, dirty flag and digest of the code, versions of the packages."""
     submission: dict[str, Any] | None = None
-    """The SlurmCluster that is asked for; None where the processes are started from here."""
+    """The SlurmCluster or TpuCluster that is asked for; None where the processes are started on what is there."""
     max_restarts: int = 3
 
     def to_json(self) -> str:
@@ -65,14 +65,18 @@ def make_plan(
     cluster: ClusterSpec,
     *,
     name: str,
-    root: Path,
+    root: str,
     config_file: Path,
     provenance: dict[str, Any],
     max_restarts: int = 3,
 ) -> Plan:
     """Resolve and cross-check. Raises UserError with one line a problem."""
     mesh = _mesh(config.mesh, cluster)
-    problems = [*_batch_problems(config, mesh), *_submission_problems(cluster)]
+    problems = [
+        *_batch_problems(config, mesh),
+        *_submission_problems(cluster),
+        *_root_problems(root, cluster),
+    ]
     num_train = num_examples(config.data)[0]
     batch = config.train.batch_size
     steps = config.train.steps or math.ceil(config.train.epochs * num_train / batch)
@@ -87,6 +91,18 @@ def make_plan(
             f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g} is not below the run's "
             f"{epochs:.3g} epochs ({steps} steps); shorten it or train longer"
         )
+    run_directory = f"{root}/{name}" if root.startswith("gs://") else str(Path(root).absolute() / name)
+    resolved = config.model_dump(mode="json")
+    places = {"checkpoint.directory": config.checkpoint.directory, "log.tensorboard": config.log.tensorboard}
+    if cluster.backend == "tpu":
+        problems += [
+            f"{key} = {place}: the hosts of cluster {cluster.name} do not see this machine's folders; name a place "
+            "under gs://, or leave it out"
+            for key, place in places.items()
+            if place is not None and "://" not in place
+        ]
+        resolved["log"]["tensorboard"] = places["log.tensorboard"] or f"{run_directory}/tensorboard"
+        resolved["checkpoint"]["directory"] = places["checkpoint.directory"] or f"{run_directory}/checkpoints"
     place = config.checkpoint.directory
     if place is not None and "://" in place and not place.startswith("gs://"):
         problems.append(
@@ -94,14 +110,13 @@ def make_plan(
         )
     if problems:
         raise UserError("\n".join(problems))
-    resolved = config.model_dump(mode="json")
     if place is not None and "://" not in place:
         resolved["checkpoint"]["directory"] = str(Path(place).absolute())
     resolved["mesh"] = mesh
     resolved["train"]["steps"] = steps
     return Plan(
         name=name,
-        run_directory=str(root.absolute() / name),
+        run_directory=run_directory,
         cluster=cluster.name,
         backend=cluster.backend,
         platform=cluster.platform,
@@ -129,9 +144,27 @@ def make_plan(
     )
 
 
+def _root_problems(root: str, cluster: ClusterSpec) -> list[str]:
+    if cluster.backend == "tpu" and not root.startswith("gs://"):
+        return [
+            f"--root {root}: the hosts of cluster {cluster.name} do not see this machine's folders; give --root "
+            "gs://bucket/prefix, or set LAUNCH_ROOT"
+        ]
+    if cluster.backend != "tpu" and root.startswith("gs://"):
+        return [
+            f"--root {root}: on cluster {cluster.name} a run directory is a folder; checkpoints and event files can "
+            "go to a bucket, with checkpoint.directory=gs://… and log.tensorboard=gs://…"
+        ]
+    return []
+
+
 def _submission_problems(cluster: ClusterSpec) -> list[str]:
     asked = cluster.submission
-    if asked is None or asked.time is None or seconds(asked.time) > 60 * asked.save_minutes:
+    if (
+        not isinstance(asked, SlurmCluster)
+        or asked.time is None
+        or seconds(asked.time) > 60 * asked.save_minutes
+    ):
         return []
     return [
         f'time = {asked.time} of cluster "{cluster.name}" is not above its save_minutes = {asked.save_minutes:g}, '

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,12 @@ def here() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return {"code": _digest(), "python": sys.version.split()[0], "packages": versions}
+    files = {
+        str(file.relative_to(HOME)): file.read_bytes()
+        for room in ROOMS
+        for file in (HOME / room).rglob("*.py")
+    }
+    return {"code": digest(files), "python": sys.version.split()[0], "packages": versions}
 
 
 def differences(planned: dict[str, Any]) -> list[str]:
@@ -48,13 +54,12 @@ def differences(planned: dict[str, Any]) -> list[str]:
     return found
 
 
-def _digest() -> str:
-    """SHA-256 over the names and contents of the code."""
-    digest = hashlib.sha256()
-    for file in sorted(file for room in ROOMS for file in (HOME / room).rglob("*.py")):
-        content = file.read_bytes()
-        digest.update(f"{file.relative_to(HOME)} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+def digest(files: Mapping[str, bytes]) -> str:
+    """SHA-256 over the names and contents of those that are code: what ends in .py in ROOMS."""
+    sha = hashlib.sha256()
+    for name in sorted(name for name in files if name.split("/")[0] in ROOMS and name.endswith(".py")):
+        sha.update(f"{name} {len(files[name])}\n".encode() + files[name])
+    return sha.hexdigest()
 
 
 def _git(*arguments: str) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.backends import Exit, Gang, Starter
+from launcher.backends import PREEMPTED, Exit, Gang, Starter
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
@@ -48,12 +48,18 @@ class Failure:
 class Wishes:
     """What the user or the system asks of a running launcher; set by signal handlers."""
 
+    outlived: bool = False
+    """The processes live on without the launcher: SIGTERM and SIGHUP mean it alone."""
+    leave: bool = False
     stop: str | None = None
     """`stopped` (Ctrl-C) or `preempted` (SIGTERM)."""
     now: bool = False
     """Ctrl-C again: do not wait for the save."""
 
     def interrupted(self, signum: int, frame: Any) -> None:
+        if self.outlived and signum != signal.SIGINT:
+            self.leave = True
+            return
         self.now = self.now or (self.stop is not None and signum == signal.SIGINT)
         self.stop = self.stop or ("stopped" if signum == signal.SIGINT else "preempted")
 
@@ -65,32 +71,52 @@ Watch = Callable[[int, dict[str, Any]], None]
 def supervise(
     plan: Plan, run: RunDirectory, backend: Starter, *, wishes: Wishes, watch: Watch,
     announce: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    """Run attempts until a final verdict; returns what it wrote to result.json."""
+) -> dict[str, Any] | None:  # fmt: skip
+    """Run attempts until a final verdict; returns what it wrote to result.json, None where it left them to another
+    launcher."""
     begun = time.time()
-    _account_for_lost(run)
+    number, from_step = _unfinished(run), 0
+    gang = backend.adopt(plan, run, number) if number else None
+    if number and gang is None:
+        _account_for_lost(run, number)
     where = {"cluster": plan.cluster, "mesh": plan.mesh} | backend.ledger()
-    restarts = sum(1 for a in run.attempts_of_launch() if a["failure"])
+    restarts = sum(1 for a in run.attempts_of_launch() if a["verdict"] == "failed")
+    if gang is None and run.stop_requested():  # before it could begin
+        return write_result(plan, run, "stopped")
     while True:
-        number = run.begin_attempt(where)
-        started = time.time()
-        from_step = (run.checkpoint_steps() or [0])[-1]
-        verdict, failure = _attempt(plan, run, backend.start(plan, run, number), number, wishes, watch)
-        attempt = _ledger_line(run, number, started, time.time(), from_step, verdict, failure)
+        if gang is None:
+            from_step = (run.checkpoint_steps() or [0])[-1]
+            number = run.begin_attempt(where)
+            gang = backend.start(plan, run, number)
+        verdict, failure = _attempt(plan, run, gang, number, wishes, watch)
+        if verdict is None or run.is_lost(look=True):
+            return None
+        gang = None
+        run.refresh()
+        attempt = _ledger_line(run, number, time.time(), from_step, verdict, failure)
         run.add_attempt(attempt)
-        if failure is None or wishes.stop or not failure.retryable or restarts >= plan.max_restarts:
+        if wishes.stop or verdict in ("completed", "stopped"):
             break
-        restarts += 1
-        if not backend.can_restart(plan, run):
-            announce(f"{describe(failure)}\nnot again on these hosts; the run is to go on elsewhere")
-            verdict = "preempted"
+        if verdict == "preempted" and (not backend.REMOTE or _is_fruitless(run.attempts_of_launch())):
             break
+        if verdict == "failed":
+            assert failure is not None
+            if not failure.retryable or restarts >= plan.max_restarts:
+                break
+            restarts += 1
+            if not backend.can_restart(plan, run):
+                announce(f"{describe(failure)}\nnot again on these hosts; the run is to go on elsewhere")
+                verdict = "preempted"
+                break
+        again = f" (restart {restarts} of {plan.max_restarts})" if verdict == "failed" else ""
         announce(
-            f"{describe(failure)}\n"
-            f"attempt {number + 1} from step {attempt['kept_step']} (restart {restarts} of {plan.max_restarts})"
+            f"{describe(failure) if failure else 'the hosts are taken away'}\n"
+            f"attempt {number + 1} from step {attempt['kept_step']}{again}"
         )
     if verdict == "preempted" and _is_fruitless(run.attempts_of_launch()):
-        announce(f"{FRUITLESS} attempts in a row were ended before a checkpoint: give the job more time")
+        announce(
+            f"{FRUITLESS} attempts in a row were ended before a checkpoint: give the run more time, or save more often"
+        )
         verdict = "failed"
     return write_result(plan, run, verdict, failure, time.time() - begun)
 
@@ -118,15 +144,18 @@ def describe(failure: Failure | dict[str, Any]) -> str:
 
 def _attempt(
     plan: Plan, run: RunDirectory, gang: Gang, number: int, wishes: Wishes, watch: Watch
-) -> tuple[str, Failure | None]:
-    """Watch one gang to its end; nothing of it is left when this returns."""
+) -> tuple[str | None, Failure | None]:
+    """Watch one gang to its end; nothing of it is left when this returns, but for a verdict of None."""
     running = set(range(plan.processes))
     codes: list[int] = []
     first: Exit | None = None
     cause_until = 0.0
-    asked = killed = False
+    asked = killed = left = False
     try:
         while running:
+            if left := wishes.leave or run.is_lost():
+                gang.leave()
+                return None, None
             exits = gang.poll(POLL_SECONDS)
             running -= {ended.process for ended in exits}  # all of them, before the first may end the attempt
             for ended in exits:
@@ -140,7 +169,8 @@ def _attempt(
                         first = ended
             if first and (first.code != CONSEQUENCE or time.monotonic() > cause_until or not running):
                 gang.kill()
-                return "failed", _failure(run, number, first)
+                verdict = PREEMPTED if first.cause == PREEMPTED else "failed"
+                return verdict, _failure(run, number, first)
             if run.stop_requested() and wishes.stop is None:
                 wishes.stop = "stopped"
             if wishes.stop and not asked:
@@ -149,9 +179,14 @@ def _attempt(
             if killed := killed or wishes.now:
                 gang.kill()
             watch(number, run.report(0))
+    except BaseException:
+        if left := wishes.outlived:
+            gang.leave()  # what fails is this launcher
+        raise
     finally:
-        gang.kill()
-        while running:
+        if not left:
+            gang.kill()
+        while running and not left:
             running -= {ended.process for ended in gang.poll(POLL_SECONDS)}
     if all(code == EXIT_DONE for code in codes):
         return "completed", None
@@ -180,17 +215,13 @@ def _signal_name(number: int) -> str:
 
 
 def _tail(run: RunDirectory, attempt: int, process: int) -> list[str]:
-    try:
-        text = run.log(attempt, process).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:  # it was never started
-        return []
+    text = run.read_log(attempt, process).decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
 
 
 def _ledger_line(
     run: RunDirectory,
     number: int,
-    started: float,
     ended: float,
     from_step: int,
     verdict: str,
@@ -201,6 +232,8 @@ def _ledger_line(
     from_step = report.get("start", from_step)
     reached = report.get("step", from_step)
     kept = (run.checkpoint_steps() or [0])[-1]
+    where = run.where(number)
+    started = where.pop("begun", report.get("begun", ended))
     return {
         "attempt": number,
         "started": _iso(started),
@@ -214,20 +247,23 @@ def _ledger_line(
         "steps_lost": max(reached - kept, 0),
         "seconds": report.get("seconds", {}),
         "failure": asdict(failure) if failure else None,
-        **run.where(number),
+        **where,
     }
 
 
-def _account_for_lost(run: RunDirectory) -> None:
-    """A launcher that was killed left no line for its attempt: write it from what the hosts said."""
+def _unfinished(run: RunDirectory) -> int:
+    """Number of the attempt that a lost launcher left without a line in the ledger; 0 where there is none."""
+    known, number = run.attempts(), run.last_attempt()
+    return number if number > (known[-1]["attempt"] if known else 0) else 0
+
+
+def _account_for_lost(run: RunDirectory, number: int) -> None:
+    """Write the line that is missing, from what the hosts said."""
     known = run.attempts()
-    number = run.last_attempt()
-    if number <= (known[-1]["attempt"] if known else 0):
-        return
     before = known[-1]["kept_step"] if known else 0
-    started = run.logs(number).stat().st_mtime
+    started = run.where(number).get("begun", time.time())
     ended = max(started, run.report(0).get("time", started))
-    run.add_attempt(_ledger_line(run, number, started, ended, before, "launcher lost", None))
+    run.add_attempt(_ledger_line(run, number, ended, before, "launcher lost", None))
 
 
 def write_result(

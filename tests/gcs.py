@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -133,7 +134,7 @@ class Request:
 class Server:
     """A running server: `address`, `put` and `contents`, `faults` and `latency`, and what it has counted."""
 
-    def __init__(self, *buckets: str, port: int = 0, latency: float = 0.0):
+    def __init__(self, *buckets: str, host: str = "127.0.0.1", port: int = 0, latency: float = 0.0):
         self.latency = latency
         """Seconds to the first byte of every answer."""
         self.faults: list[Fault] = []
@@ -150,8 +151,8 @@ class Server:
         self._concurrent = 0
         self._released = threading.Event()
         self._open: set[socket.socket] = set()
-        self._http = _HttpServer(("127.0.0.1", port), type("Handler", (_Handler,), {"server_": self}))
-        self.address = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self._http = _HttpServer((host, port), type("Handler", (_Handler,), {"server_": self}))
+        self.address = f"http://{host}:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
@@ -500,6 +501,7 @@ def environment(address: str) -> dict[str, str]:
 class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    server_bind = TCPServer.server_bind  # HTTPServer's looks the host's name up, which can take long
     request_queue_size = 256  # a burst of connections is not to wait for repeated SYNs
 
 

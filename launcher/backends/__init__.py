@@ -12,7 +12,13 @@ from typing import Any, Protocol, cast
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-BACKENDS = {"local": "launcher.backends.local", "slurm": "launcher.backends.slurm"}
+BACKENDS = {
+    "local": "launcher.backends.local",
+    "slurm": "launcher.backends.slurm",
+    "tpu": "launcher.backends.tpu",
+}
+# Cause of an Exit: the host was taken away. Nobody's failure, and the run goes on elsewhere.
+PREEMPTED = "preempted"
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,10 @@ class Gang(Protocol):
         """End what is left of the gang, at once."""
         ...
 
+    def leave(self) -> None:
+        """Let the processes go on without this launcher, if they can."""
+        ...
+
     def stopped_by(self) -> str:
         """Who had it save and end, if not the launcher: `stopped` by the user, or `preempted`."""
         ...
@@ -70,7 +80,14 @@ class Gang(Protocol):
 class Starter(Protocol):
     """What supervise.py needs of a backend."""
 
+    REMOTE: bool
+    """Processes live on without their launcher, on hosts that are replaced when they are taken away."""
+
     def start(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang: ...
+
+    def adopt(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang | None:
+        """The processes of an attempt whose launcher is gone, where they are to be found."""
+        ...
 
     def ledger(self) -> dict[str, Any]:
         """`job` and `restart_count` of where attempts run, for their ledger; nulls where there is no scheduler."""
@@ -116,12 +133,40 @@ class Queue(Backend, Protocol):
         ...
 
 
+class Remote(Backend, Protocol):
+    """A backend whose hosts are created for a run, and cost money until they are deleted."""
+
+    def settle(self, plan: Plan) -> Plan:
+        """The plan with what was left to this machine's defaults, so that another machine can go on with it."""
+        ...
+
+    def offer(self, plan: Plan, run: RunDirectory) -> str | None:
+        """What `acquire` would create, and its price; None where the hosts are there. Raises UserError."""
+        ...
+
+    def acquire(self, plan: Plan, run: RunDirectory) -> None:
+        """Ask for the hosts; they come later. Raises UserError where that is refused."""
+        ...
+
+    def release(self, plan: Plan, run: RunDirectory) -> str:
+        """Delete what was created, unless it is to be kept; what was done, in words."""
+        ...
+
+    def shell(self, plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) -> int:
+        """A shell on a host, or a command; its exit code."""
+        ...
+
+
 def get(name: str) -> Backend:
     return cast(Backend, importlib.import_module(BACKENDS[name]))
 
 
 def queue_of(name: str) -> Queue:
     return cast(Queue, get(name))
+
+
+def remote(name: str) -> Remote:
+    return cast(Remote, importlib.import_module(BACKENDS[name]))
 
 
 def ended(run: RunDirectory) -> State:

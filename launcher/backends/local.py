@@ -18,6 +18,7 @@ from launcher.place import hold_port
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
+REMOTE = False
 HOST = "127.0.0.1"
 ASK_SECONDS = 0.0
 
@@ -33,6 +34,10 @@ def render(plan: Plan) -> str:
 
 def start(plan: Plan, run: RunDirectory, attempt: int) -> "LocalGang":
     return LocalGang(plan, run, attempt)
+
+
+def adopt(plan: Plan, run: RunDirectory, attempt: int) -> None:
+    """Workers end with their launcher."""
 
 
 def check(plan: Plan) -> None:
@@ -78,6 +83,9 @@ class LocalGang:
         for process in self._processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # its own session, so its children too
+
+    def leave(self) -> None:
+        raise AssertionError("it ends with its launcher")
 
     def stopped_by(self) -> str:
         return "preempted"

@@ -29,7 +29,7 @@ def planned(tmp_path: Path) -> Callable[..., Plan]:
             load(QUICKSTART, overrides),
             clusters.resolve(cluster),
             name=name,
-            root=root,
+            root=str(root),
             config_file=QUICKSTART,
             provenance={"commit": None},
         )

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from configs.errors import UserError
-from launcher.rundir import RunDirectory, check_name, runs
+from launcher import storage
+from launcher.rundir import Elsewhere, RunDirectory, check_name, runs
 
 
 @pytest.fixture
@@ -206,3 +207,103 @@ def test_runs_are_those_with_a_plan_the_last_used_first(planned, tmp_path):
     (root / "no-run").mkdir()
     (root / "a-file").write_text(json.dumps({}))
     assert [run.name for run in runs(root)] == ["new", "middle", "old"]
+
+
+# Under gs://
+
+
+@pytest.fixture
+def remote(planned, gcs):
+    remote = RunDirectory("gs://bucket/runs/quickstart")
+    remote.create(planned(cluster="tpu-v4-32", root="gs://bucket/runs"))
+    return remote
+
+
+def test_run_in_a_bucket_is_the_same_from_anywhere(remote, planned):
+    remote.begin(None)
+    number = remote.begin_attempt({"cluster": "tpu-v4-32"})
+    remote.write_report(3, {"step": 5})
+    remote.write_code(b"packed")
+    elsewhere = RunDirectory("gs://bucket/runs/quickstart/")
+    assert (elsewhere.place, elsewhere.name) == ("gs://bucket/runs/quickstart", "quickstart")
+    assert elsewhere.plan() == planned(cluster="tpu-v4-32", root="gs://bucket/runs")
+    assert elsewhere.last_attempt() == number == 1
+    assert elsewhere.where(1)["cluster"] == "tpu-v4-32"
+    assert (elsewhere.report(3), elsewhere.report(0)) == ({"step": 5}, {})
+    assert elsewhere.code() == b"packed"
+
+
+def test_attempt_in_a_bucket_begins_with_a_clean_slate(remote):
+    for number in range(1, 12):
+        assert remote.begin_attempt({}) == number
+        assert (remote.report(0), remote.result()) == ({}, None)
+        remote.write_report(0, {"step": number})
+        remote.write_result({"status": "failed"})
+    assert RunDirectory(remote.place).report(0) == {"step": 11}
+
+
+def test_ledger_in_a_bucket_grows_whoever_writes_it(remote, gcs):
+    remote.add_attempt({"attempt": 1, "error": "größer\n"})
+    RunDirectory(remote.place).add_attempt({"attempt": 2})
+    assert RunDirectory(remote.place).attempts() == [{"attempt": 1, "error": "größer\n"}, {"attempt": 2}]
+    assert gcs.contents("runs/quickstart/attempts")["runs/quickstart/attempts.jsonl"].count(b"\n") == 2
+
+
+def test_log_in_a_bucket_is_followed_as_it_grows(remote):
+    reader, read = RunDirectory(remote.place), b""
+    for text in ("one\n", "one\ngrößer\n", "one\ngrößer\nthree\n"):
+        remote.write_log(1, 0, text)
+        read += reader.read_log(1, 0, len(read))
+        assert read == text.encode()
+    assert reader.read_log(1, 0, len(read)) == b""
+    assert reader.read_log(1, 1) == b""
+
+
+def test_run_in_a_bucket_has_one_launcher_and_who_it_is_is_said(remote, monkeypatch):
+    monkeypatch.setattr(storage, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(storage, "LOOK_SECONDS", 0.02)
+    assert not remote.is_running()
+    with remote.locked():
+        assert remote.is_running()
+        refusal = (
+            rf"^run quickstart is running already, under process {os.getpid()} on \S+; see `launch status"
+        )
+        with pytest.raises(Elsewhere, match=refusal), RunDirectory(remote.place).locked():
+            pass
+        assert not remote.is_lost()
+    assert not remote.is_running()
+
+
+def test_stop_request_reaches_a_bucket_s_launcher(remote, monkeypatch):
+    monkeypatch.setattr(storage, "FRESH_SECONDS", 0.0)
+    assert not remote.stop_requested()
+    RunDirectory(remote.place).request_stop()
+    assert remote.stop_requested()
+    remote.begin(None)
+    assert not remote.stop_requested()
+
+
+def test_lease_alone_is_nothing_strange(gcs):
+    remote = RunDirectory("gs://bucket/runs/new")
+    with remote.locked():
+        assert not remote.is_strange()
+        gcs.put("runs/new/thesis.tex", b"x")
+        remote.refresh()
+        assert remote.is_strange()
+
+
+def test_runs_of_a_bucket_the_last_launched_first(planned, gcs):
+    assert runs("gs://bucket/runs") == []
+    for minute, name in enumerate(["old", "middle", "new"]):
+        RunDirectory(f"gs://bucket/runs/{name}").create(planned(name=name))
+        meta = gcs.objects["bucket", f"runs/{name}/plan.json"].meta
+        meta["updated"] = f"2026-01-01T00:0{minute}:00.000Z"
+    gcs.put("runs/no-run/word", b"x")
+    gcs.put("elsewhere/plan.json", b"x")
+    assert [run.name for run in runs("gs://bucket/runs")] == ["new", "middle", "old"]
+
+
+def test_plan_of_another_program_in_a_bucket_is_told_to_the_user(gcs):
+    gcs.put("runs/quickstart/plan.json", b'{"resource": []}')
+    with pytest.raises(UserError, match=r"^gs://bucket/runs/quickstart/plan\.json is not a plan"):
+        RunDirectory("gs://bucket/runs/quickstart").plan()

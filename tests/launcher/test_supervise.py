@@ -1,6 +1,5 @@
 """Verdicts, restarts and the ledger, with a gang in memory: no processes, no clock."""
 
-import os
 import signal
 import socket
 from collections import deque
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.backends import Exit
+from launcher.backends import PREEMPTED, Exit
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 from launcher.supervise import (
@@ -41,6 +40,7 @@ class MemoryGang:
     stopper: str = "preempted"
     asked: int = 0
     killed: int = 0
+    left: int = 0
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
         """What the processes leave in the run directory."""
@@ -48,7 +48,7 @@ class MemoryGang:
         self._ended = deque(self.ends)
         self._idle = 0
         for process in (0, 1):
-            run.log(attempt, process).write_text(self.logs.get(process, ""))
+            run.write_log(attempt, process, self.logs.get(process, ""))
         for process, report in self.reports.items():
             run.write_report(process, report)
         for step in self.checkpoints:
@@ -70,6 +70,9 @@ class MemoryGang:
         self.killed += 1
         self._leave(-signal.SIGKILL)
 
+    def leave(self) -> None:
+        self.left += 1
+
     def stopped_by(self) -> str:
         return self.stopper
 
@@ -85,12 +88,19 @@ class MemoryBackend:
     job: str | None = None
     hosts_are_good: bool = True
     attempts: int = 0
+    REMOTE: bool = False
+    adopted: MemoryGang | None = None
 
     def ledger(self) -> dict[str, Any]:
         return {"job": self.job, "restart_count": 0 if self.job else None}
 
     def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
         return self.hosts_are_good
+
+    def adopt(self, plan: Plan, run: RunDirectory, attempt: int) -> MemoryGang | None:
+        if self.adopted:
+            self.adopted.begin(run, attempt)
+        return self.adopted
 
     def start(self, plan: Plan, run: RunDirectory, attempt: int) -> MemoryGang:
         gang = self.gangs[self.attempts]
@@ -210,7 +220,7 @@ def test_job_that_never_comes_to_a_checkpoint_is_not_requeued_for_ever(supervise
     saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
     ends = [supervised(MemoryGang(saved), job=str(n), begin=n == 0)["status"] for n in range(3)]
     assert ends == ["preempted", "preempted", "failed"]
-    assert "give the job more time" in supervised.said[-1]
+    assert "give the run more time" in supervised.said[-1]
 
 
 def test_progress_between_requeues_makes_a_job_go_on(supervised):
@@ -419,6 +429,69 @@ def test_gang_is_ended_when_the_launcher_itself_fails(supervised):
     assert gang.killed
 
 
+# Hosts that live on without their launcher, and are taken away without its doing
+
+
+def test_launcher_that_leaves_ends_nothing_and_writes_nothing(supervised):
+    supervised.wishes = Wishes(outlived=True)
+    supervised.wishes.interrupted(signal.SIGTERM, None)
+    gang = MemoryGang()
+    assert supervise_until_left(supervised, gang) is None
+    assert (gang.left, gang.asked, gang.killed) == (1, 0, 0)
+    assert (supervised.run.attempts(), supervised.run.result()) == ([], None)
+
+
+def supervise_until_left(supervised: Supervised, gang: MemoryGang) -> Any:
+    backend = MemoryBackend([gang], REMOTE=True)
+    return supervise(
+        supervised.plan, supervised.run, backend, wishes=supervised.wishes,
+        watch=lambda attempt, report: None, announce=supervised.said.append,
+    )  # fmt: skip
+
+
+def test_ctrl_c_saves_and_ends_there_too(supervised):
+    supervised.wishes = Wishes(outlived=True)
+    supervised.wishes.interrupted(signal.SIGINT, None)
+    assert supervised(MemoryGang(), REMOTE=True)["status"] == "stopped"
+
+
+def test_launcher_that_slept_through_its_replacement_writes_nothing(supervised, monkeypatch):
+    monkeypatch.setattr(RunDirectory, "is_lost", lambda self, *, look=False: look)
+    gang = MemoryGang(COMPLETE)
+    assert supervise_until_left(supervised, gang) is None
+    assert (supervised.run.attempts(), supervised.run.result()) == ([], None)
+
+
+def test_run_that_is_stopped_before_it_could_begin_begins_nothing(supervised):
+    supervised.run.request_stop()
+    result = supervised(begin=False)
+    assert (result["status"], supervised.backend.attempts) == ("stopped", 0)
+
+
+TAKEN = [Exit(1, 1, "t1", PREEMPTED, "node x-0 is PREEMPTED")]
+
+
+def test_preempted_hosts_are_replaced_and_are_no_restart(supervised):
+    save = {"checkpoints": [5]}
+    result = supervised(MemoryGang(TAKEN, **save), MemoryGang(COMPLETE), REMOTE=True, max_restarts=0)
+    assert result["status"] == "completed"
+    first, _ = supervised.run.attempts()
+    assert (first["verdict"], first["failure"]["cause"]) == ("preempted", PREEMPTED)
+    assert "attempt 2 from step 5" in supervised.said[0]
+    assert "restart" not in supervised.said[0]
+
+
+def test_hosts_that_had_notice_are_replaced_too(supervised):
+    saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
+    result = supervised(MemoryGang(saved, checkpoints=[5]), MemoryGang(COMPLETE), REMOTE=True)
+    assert (result["status"], result["attempts"]) == ("completed", 2)
+
+
+def test_preempted_before_each_checkpoint_is_given_up(supervised):
+    result = supervised(*(MemoryGang(TAKEN) for _ in range(3)), REMOTE=True)
+    assert (result["status"], result["attempts"]) == ("failed", 3)
+
+
 # A launcher that was killed
 
 
@@ -426,14 +499,20 @@ def test_gang_is_ended_when_the_launcher_itself_fails(supervised):
 def lost(supervised):
     """An attempt whose launcher was killed at step 17, a minute in, long ago."""
     run = supervised.run
-    run.add_attempt({"attempt": run.begin_attempt({}), **attempt(0, 5, 5, 60)})
+    run.add_attempt({"attempt": run.begin_attempt({}), "verdict": "failed", **attempt(0, 5, 5, 60)})
     number = run.begin_attempt({})
     begun = 1_700_000_000.0
     run.write_report(0, {"host": "here", "processes": 1, "step": 17, "begun": begun, "time": begun + 60.0})
     for step in (5, 10):
         (run.path / "checkpoints" / str(step)).mkdir(parents=True)
-    os.utime(run.logs(number), (begun, begun))
+    run.write_where(number, {"begun": begun})
     return supervised
+
+
+def test_attempt_that_lives_on_without_its_launcher_is_adopted(lost):
+    result = lost(REMOTE=True, adopted=MemoryGang(COMPLETE), begin=False)
+    assert (result["status"], lost.backend.attempts) == ("completed", 0)
+    assert [(a["attempt"], a["verdict"]) for a in lost.run.attempts()] == [(1, "failed"), (2, "completed")]
 
 
 def test_lost_attempt_is_accounted_for_by_the_next_launch(lost):
