@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from configs.errors import UserError
+from configs.google import UnreachableError
 from launcher import console
 from launcher.data import check_datasets, data
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from launcher.plan import Plan
     from launcher.rundir import RunDirectory
 
-DEFAULT_ROOT = Path("runs")
+DEFAULT_ROOT = "runs"
 FOLLOW_SECONDS = 0.3
 # A job may begin before the launcher that submitted it has written down that it did.
 PATIENCE_SECONDS = 60.0
@@ -54,8 +56,9 @@ class Commands(click.Group):
 def _told() -> Iterator[None]:
     try:
         yield
-    except UserError as e:
-        for line in str(e).splitlines():
+    except (UserError, UnreachableError) as e:
+        later = "; try again" if isinstance(e, UnreachableError) else ""
+        for line in f"{e}{later}".splitlines():
             click.echo(f"error: {line}", err=True)
         raise click.exceptions.Exit(2) from None
 
@@ -81,6 +84,7 @@ def main() -> None:
     launch configs/quickstart.yaml                    here and now, two processes
     launch --cluster local-4 CONFIG train.epochs=5    four processes, one setting changed
     launch --cluster slurm-4x8 CONFIG                 a SLURM job of 4 nodes with 8 GPUs each
+    launch --cluster tpu-v4-32 CONFIG                 a Cloud TPU slice, created and deleted
 
     `run` may be left out.
     """
@@ -90,22 +94,30 @@ def _root(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--root",
         type=str,
-        default=str(DEFAULT_ROOT),
+        default=DEFAULT_ROOT,
         show_default=True,
-        help="Folder of the run directories.",
-        callback=_local_root,
+        envvar="LAUNCH_ROOT",
+        show_envvar=True,
+        help="Where the run directories are: a folder, for TPUs gs://bucket/prefix.",
+        callback=_check_root,
     )(command)
 
 
-def _local_root(ctx: click.Context, param: click.Parameter, value: str) -> Path:
+def _check_root(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not value:
-        raise UserError("--root '' is empty; give a folder")
-    if "://" in value:
-        raise UserError(
-            f"--root {value}: a run directory is a local folder; checkpoints and event files can go to a bucket, "
-            "with checkpoint.directory=gs://… and log.tensorboard=gs://…"
-        )
-    return Path(value)
+        raise UserError("--root '' is empty; give a folder, or gs://bucket/prefix")
+    if (
+        ("://" in value and not value.startswith("gs://"))
+        or value.startswith("gs:///")
+        or value.strip("/") == "gs:"
+    ):
+        raise UserError(f"--root {value}: run directories are in a folder or under gs://bucket/prefix")
+    if value.startswith("gs://"):
+        bucket, *folders = filter(None, value.removeprefix("gs://").split("/"))  # one place has one name
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+            raise UserError(f"--root {value}: {bucket} is no name of a bucket; give gs://bucket/prefix")
+        return "/".join([f"gs://{bucket}", *folders])
+    return value
 
 
 def _named_recipe(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,6 +136,17 @@ def _planning(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="How often a failed attempt is tried again from the last checkpoint.",
     )(command)
+    command = click.option("--keep", is_flag=True, help="Do not delete the TPUs when the run has ended.")(
+        command
+    )
+    command = click.option("--tpu", metavar="NAME", help="An existing TPU, instead of creating one.")(command)
+    command = click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A setting of the cluster, such as zone=us-central2-b, over what clusters.yaml says. As often as needed.",
+    )(command)
     command = click.option(
         "--sbatch",
         multiple=True,
@@ -139,20 +162,23 @@ def _planning(command: Callable[..., Any]) -> Callable[..., Any]:
 @main.command()
 @_planning
 @click.option("--dry-run", is_flag=True, help="Print the plan and the commands, and stop.")
-@click.option("--yes", is_flag=True, help="Do not ask before going on with changed settings.")
-@click.option("--detach", is_flag=True, help="Submit the job, and do not follow it.")
+@click.option(
+    "--yes", is_flag=True, help="Do not ask before creating TPUs, or going on with changed settings."
+)
+@click.option("--detach", is_flag=True, help="Do not follow the job, or the workers once they have begun.")
 @click.option("--requeue", is_flag=True, help="In a batch script: saved and not yet done, requeue the job.")
 def run(
-    config: str, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...], name: str | None,
-    root: Path, max_restarts: int, dry_run: bool, yes: bool, detach: bool, requeue: bool,
+    config: str, overrides: tuple[str, ...], dry_run: bool, yes: bool, detach: bool, requeue: bool,
+    **planning: Any,
 ) -> None:  # fmt: skip
     """Train CONFIG, or go on with it where it was left."""
     from launcher import backends
     from launcher.rundir import RunDirectory
 
-    plan = _plan(config, overrides, cluster, sbatch, name, root, max_restarts)
+    plan = _plan(config, overrides, **planning)
     backend = backends.get(plan.backend)
-    directory = RunDirectory(Path(plan.run_directory))
+    if backend.REMOTE:
+        plan = backends.remote(plan.backend).settle(plan)
     if requeue and (backend.ledger()["job"] is None or plan.submission is not None):
         raise UserError("--requeue belongs into the batch script of a SLURM job, without --cluster")
     if detach and plan.submission is None:
@@ -161,10 +187,16 @@ def run(
         console.print_plan(plan)
         click.echo(backend.render(plan))
         return
+    directory = RunDirectory(plan.run_directory)
     _check_is_free(directory)
     changes = _check_can_continue(plan, directory)
     if _already_done(plan, directory):
         return
+    if changes and backend.REMOTE and (state := _state(directory)).is_active:
+        raise UserError(
+            f"run {plan.name} is {state}, with other settings ({'; '.join(changes)}): go on with `launch attach "
+            f"{plan.name}`, or end it first with `launch stop {plan.name}`"
+        )
     if plan.config["data"]["source"] == "records" and plan.submission is None:
         check_datasets(plan.run_config())  # elsewhere they may be within reach of the hosts alone
     console.print_plan(plan)
@@ -172,10 +204,11 @@ def run(
         click.echo(f"changed     {change}")
     if changes and not yes and sys.stdin.isatty():
         click.confirm("Go on with this run?", default=True, abort=True)
-    if plan.submission is None:
+    if plan.submission is None or backend.REMOTE:
         backend.check(plan)
         is_requeued = requeue and directory.job() == backend.ledger()["job"]
-        sys.exit(_train(plan, directory, backend, requeue=requeue, begin=not is_requeued))
+        begin = not is_requeued
+        sys.exit(_train(plan, directory, backend, requeue=requeue, begin=begin, yes=yes, detach=detach))
     _submit(plan, directory)
     if not detach:
         sys.exit(_follow(plan, directory))
@@ -184,12 +217,9 @@ def run(
 @main.command()
 @_planning
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON, as a run would keep it.")
-def plan(
-    config: str, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...], name: str | None,
-    root: Path, max_restarts: int, as_json: bool,
-) -> None:  # fmt: skip
+def plan(config: str, overrides: tuple[str, ...], as_json: bool, **planning: Any) -> None:
     """Show what `run` would do, and check all of it."""
-    made = _plan(config, overrides, cluster, sbatch, name, root, max_restarts)
+    made = _plan(config, overrides, **planning)
     if as_json:
         click.echo(made.to_json())
     else:
@@ -220,43 +250,63 @@ def supervise(directory: Path) -> None:
 
 @main.command()
 @_named_recipe
-def worker(config: str, overrides: tuple[str, ...], name: str | None, root: Path) -> None:
-    """Be one task of a SLURM step: srun … launch worker CONFIG."""
-    from launcher import clusters
-    from launcher.backends.slurm import InStep
-    from launcher.host import Host, exit_code
+def worker(config: str, overrides: tuple[str, ...], name: str | None, root: str) -> None:
+    """Be one process of a run: srun … launch worker CONFIG, or on each VM of a TPU slice."""
+    from launcher import backends, clusters, metadata
+    from launcher.backends import slurm
+    from launcher.host import REFUSED, Host, exit_code
+    from launcher.joined import Joined, JoinedHost
     from launcher.place import in_slurm_step
     from launcher.rundir import RunDirectory
+    from launcher.vm import Vm
 
     place = in_slurm_step()
-    if place is None:
+    vm = None if place else metadata.tpu_worker()
+    if place is not None:
+        directory = RunDirectory(Path(root).absolute() / _name(config, name))
+        host: JoinedHost = Host(place, directory)
+        process, spec, stopped_by = place.process, clusters.of_step(place), slurm.stopped_by_now
+    elif vm is not None:
+        if not root.startswith("gs://"):
+            raise UserError(
+                f"--root {root}: the VMs of a slice share no folder; give --root gs://bucket/prefix"
+            )
+        directory = RunDirectory(f"{root}/{_name(config, name)}")
+        host = joining = Vm(vm, directory)
+        process, spec, stopped_by = joining.process, clusters.of_vm(vm), lambda: "preempted"
+    else:
         raise UserError(
-            "launch worker: this is no task of a SLURM step; type `launch CONFIG`, or srun before it"
+            "launch worker: this is no task of a SLURM step and no TPU VM; type `launch CONFIG`, or srun before it"
         )
-    directory = RunDirectory(root.absolute() / _name(config, name))
-    host = Host(place, directory)
-    if place.process:
+    if process:
         signal.signal(signal.SIGTERM, lambda *_: host.ask_to_stop())
         sys.exit(exit_code(host.wait()) if host.start() else 0)
-    made = _plan_on(clusters.of_step(place), config, overrides, name, root, max_restarts=0)
-    _check_can_continue(made, directory)
+    try:
+        made = _plan_on(spec, config, overrides, name, root, max_restarts=0)
+        if vm is not None and directory.plan() and (state := _state(directory)).is_active:
+            raise UserError(f"run {made.name} is {state}; end it first with `launch stop {made.name}`")
+        _check_can_continue(made, directory)
+    except UserError:
+        host.call_off(REFUSED)
+        raise
     if _already_done(made, directory):
         host.call_off()
         return
     console.print_plan(made)
-    sys.exit(_train(made, directory, InStep(host), requeue=False, begin=True))
+    starter = Joined(host, backends.get(made.backend).ledger(), stopped_by)
+    sys.exit(_train(made, directory, starter, requeue=False, begin=True))
 
 
 @main.command()
 @click.argument("name", required=False)
 @_root
-def status(name: str | None, root: Path) -> None:
+def status(name: str | None, root: str) -> None:
     """How a run stands; without NAME, the one launched last."""
     run_directory = _find(root, name)
     made = _plan_of(run_directory)
     report = run_directory.report(0)
     click.echo(f"run         {run_directory.name} ({_state(run_directory)})")
-    click.echo(f"directory   {run_directory.path}")
+    click.echo(f"directory   {run_directory.place}")
     if report:
         click.echo(f"progress    {console.progress_text(made, report)}")
         click.echo(f"last word   {time.time() - report['time']:.0f} s ago, {report.get('phase')}")
@@ -281,10 +331,16 @@ def status(name: str | None, root: Path) -> None:
 @main.command()
 @click.argument("name", required=False)
 @_root
-def attach(name: str | None, root: Path) -> None:
-    """Follow a run that goes on in a SLURM job."""
+def attach(name: str | None, root: str) -> None:
+    """Follow a run that goes on elsewhere, and look after it where nobody does."""
+    from launcher.rundir import Elsewhere
+
     run_directory = _find(root, name)
-    sys.exit(_follow(_plan_of(run_directory), run_directory, again=False))
+    made, backend = _plan_of(run_directory), _backend_of(run_directory)
+    if _is_remote(run_directory) and _state(run_directory).is_active:
+        with contextlib.suppress(Elsewhere):  # then somebody looks after it
+            sys.exit(_train(made, run_directory, backend, requeue=False, begin=False))
+    sys.exit(_follow(made, run_directory, again=False))
 
 
 @main.command()
@@ -292,19 +348,19 @@ def attach(name: str | None, root: Path) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on as lines are written, until the run ends.")
 @click.option("--host", type=click.IntRange(min=0), help="Only this host.")
 @_root
-def logs(name: str | None, follow: bool, host: int | None, root: Path) -> None:
+def logs(name: str | None, follow: bool, host: int | None, root: str) -> None:
     """Logs of the newest attempt, each line with its host."""
     run_directory = _find(root, name)
     made = _plan_of(run_directory)
     if host is not None and host >= made.processes:
         raise UserError(f"--host {host}: the run has hosts 0 to {made.processes - 1}")
     hosts = range(made.processes) if host is None else [host]
-    offsets: dict[Path, int] = {}
+    offsets: dict[tuple[int, int], int] = {}
     for _ in _states(run_directory) if follow else [None]:
         attempt = run_directory.last_attempt()
         for h in hosts:
             console.print_new_lines(
-                run_directory.log(attempt, h), offsets, prefix=f"[host {h}] " if host is None else ""
+                run_directory, attempt, h, offsets, prefix=f"[host {h}] " if host is None else ""
             )
 
 
@@ -312,9 +368,10 @@ def logs(name: str | None, follow: bool, host: int | None, root: Path) -> None:
 @click.argument("name", required=False)
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the save.")
 @_root
-def stop(name: str | None, timeout: float, root: Path) -> None:
+def stop(name: str | None, timeout: float, root: str) -> None:
     """Have a run save and end; one that waits in a queue leaves it."""
     from launcher import backends
+    from launcher.rundir import Elsewhere
     from launcher.supervise import write_result
 
     run_directory = _find(root, name)
@@ -323,7 +380,11 @@ def stop(name: str | None, timeout: float, root: Path) -> None:
         click.echo(f"run {run_directory.name} is not running ({state})")
         return
     run_directory.request_stop()  # should it begin meanwhile
-    if state.word == "queued":
+    backend = _backend_of(run_directory)
+    if _is_remote(run_directory):
+        with contextlib.suppress(Elsewhere):  # then who looks after it ends it
+            _train(made, run_directory, backend, requeue=False, begin=False)
+    if state.word == "queued" and not backend.REMOTE:
         backends.queue_of(made.backend).cancel(run_directory)
         write_result(made, run_directory, "stopped")
     deadline = time.monotonic() + timeout
@@ -335,9 +396,65 @@ def stop(name: str | None, timeout: float, root: Path) -> None:
     click.echo(f"run {run_directory.name} is {state}")
 
 
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@click.argument("name")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", type=click.IntRange(min=0), default=0, show_default=True)
+@_root
+def ssh(name: str, command: tuple[str, ...], host: int, root: str) -> None:
+    """A shell on a TPU VM of a run, or a command there."""
+    from launcher import backends
+
+    run_directory = _find(root, name)
+    made = _plan_of(run_directory)
+    if not _is_remote(run_directory):
+        raise UserError(
+            f"run {name} is on cluster {made.cluster}, whose hosts podlaunch does not reach by ssh"
+        )
+    if host >= made.hosts:
+        raise UserError(f"--host {host}: the run has hosts 0 to {made.hosts - 1}")
+    sys.exit(backends.remote(made.backend).shell(made, run_directory, host, command))
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+@click.option("--project", help="Google Cloud project. Default: as gcloud has it.")
+@click.option("--delete", "delete", is_flag=True, help="Delete NAMES, or all of yours whose run is over.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def gc(names: tuple[str, ...], project: str | None, delete: bool, yes: bool) -> None:
+    """TPUs that podlaunch has created and that are still there, with their age and cost."""
+    from launcher.backends import tpu
+
+    found = tpu.left(project)
+    unknown = set(names) - {f.name for f in found}
+    if unknown:
+        raise UserError(
+            f"{', '.join(sorted(unknown))}: not among what podlaunch created here; see `launch gc`"
+        )
+    chosen = [f for f in found if not names or f.name in names]
+    if not chosen:
+        click.echo("nothing that podlaunch created is left")
+    for f in chosen:
+        click.echo(f"{f.name:<40} {f.zone:<16} {f.accelerator_type:<14} {tpu.describe(f)}")
+        click.echo(f"{'':<40} {f.description}")
+    if not delete:
+        return
+    doomed = [f for f in chosen if names or tpu.may_be_deleted(f)]
+    for f in chosen:
+        if f not in doomed:
+            click.echo(f"left        {f.name}: it is in use, or not yours; name it to delete it all the same")
+    if doomed and not yes:
+        if not sys.stdin.isatty():
+            raise UserError("--delete asks first, and there is nobody to ask; say --yes")
+        click.confirm(f"Delete {', '.join(f.name for f in doomed)}?", abort=True)
+    for f in doomed:
+        tpu.delete(project, f)
+        click.echo(f"deleted     {f.name}")
+
+
 @main.command("list")
 @_root
-def list_runs(root: Path) -> None:
+def list_runs(root: str) -> None:
     """All runs, the one launched last first."""
     from launcher.rundir import runs
 
@@ -353,17 +470,34 @@ def list_runs(root: Path) -> None:
 
 
 @main.command()
-def clusters() -> None:
-    """The clusters that --cluster knows."""
+@click.argument("kind", required=False)
+def clusters(kind: str | None) -> None:
+    """The clusters that --cluster knows; with KIND = tpu, the slices of Cloud TPUs."""
     from configs.clusters import named
-    from launcher.clusters import KINDS, default, slurm
+    from launcher.accelerators import GENERATIONS, tpu_slice
+    from launcher.clusters import KINDS, default, of_cluster
 
-    for kind, meaning in KINDS.items():
-        click.echo(f"{kind:<12} {meaning}")
+    if kind == "tpu":
+        row = "{:<17} {:<9} {:>6} {:>5} {:>12} {:>12}   {}".format
+        click.echo(row("--cluster", "topology", "chips", "VMs", "GiB a chip", "JAX devices", "runtime"))
+        for generation in GENERATIONS.values():
+            for size in generation.sizes:
+                one, name = tpu_slice(generation, size), f"tpu-{generation.name}-{size}"
+                hbm, devices = generation.hbm_gib, one.vms * one.devices_per_vm
+                click.echo(row(name, one.topology, one.chips, one.vms, hbm, devices, generation.runtime))
+        in_cores = ", ".join(g.name for g in GENERATIONS.values() if g.counts == "cores")
+        click.echo(f"A size counts cores, two a chip, on {in_cores}, and chips on the others.")
+        click.echo("A topology may stand for it, as in tpu-v4-2x2x4; xN behind either is N slices.")
+        return
+    if kind is not None:
+        raise UserError(f"clusters {kind}: allowed: tpu, or nothing")
+    for pattern, meaning in KINDS.items():
+        click.echo(f"{pattern:<12} {meaning}")
     for name, cluster in named().items():
-        spec = slurm(name, cluster)
+        spec = of_cluster(name, cluster)
+        hosts = "VMs" if spec.backend == "tpu" else "nodes"
         click.echo(
-            f"{name:<12} {spec.processes} × {spec.devices_per_process} {spec.platform} on {spec.hosts} nodes"
+            f"{name:<12} {spec.processes} × {spec.devices_per_process} {spec.platform} on {spec.hosts} {hosts}"
         )
     try:
         spec = default()
@@ -377,10 +511,10 @@ def clusters() -> None:
 @main.command()
 @click.argument("name", required=False)
 @_root
-def tensorboard(name: str | None, root: Path) -> None:
+def tensorboard(name: str | None, root: str) -> None:
     """Open TensorBoard on one run, or on all of --root."""
     run_directory = _find(root, name)
-    logdir = str(root) if name is None else console.logdir(run_directory)
+    logdir = root if name is None else run_directory.tensorboard()
     os.execvp(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])
 
 
@@ -407,17 +541,20 @@ main.add_command(data)
 
 
 def _plan(
-    config: str, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...], name: str | None,
-    root: Path, max_restarts: int,
+    config: str, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...],
+    settings: tuple[str, ...], tpu: str | None, keep: bool, name: str | None, root: str, max_restarts: int,
 ) -> "Plan":  # fmt: skip
     from launcher import clusters
 
     _check_is_recipe(config)
-    if cluster is None and sbatch:
-        raise UserError(
-            f"--sbatch {sbatch[0]}: without --cluster nothing is submitted; see `launch clusters`"
-        )
-    spec = clusters.default() if cluster is None else clusters.resolve(cluster, sbatch)
+    if tpu is not None:
+        settings += (f"tpu={json.dumps(tpu)}",)
+    if keep:
+        settings += ("keep=true",)
+    if cluster is None and (sbatch or settings):
+        option = f"--sbatch {sbatch[0]}" if sbatch else f"--set {settings[0]}"
+        raise UserError(f"{option}: without --cluster nothing is submitted; see `launch clusters`")
+    spec = clusters.default() if cluster is None else clusters.resolve(cluster, sbatch, settings)
     return _plan_on(spec, config, overrides, name, root, max_restarts)
 
 
@@ -426,7 +563,7 @@ def _plan_on(
     config: str,
     overrides: tuple[str, ...],
     name: str | None,
-    root: Path,
+    root: str,
     max_restarts: int,
 ) -> "Plan":
     from configs.load import load
@@ -469,10 +606,9 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
     """What changed in where and how long the run goes on. Raises UserError where it cannot."""
     from launcher.plan import differences
 
-    path = directory.path
     old = directory.plan()
-    if old is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
-        raise UserError(f"{path} is not empty and holds no run; choose another --name or --root")
+    if old is None and directory.is_strange():
+        raise UserError(f"{directory.place} is not empty and holds no run; choose another --name or --root")
     changed, steps = differences(old, plan) if old else [], _checkpoints_to_continue(old, plan, directory)
     if changed and steps:  # before the first checkpoint there is nothing to go on with
         raise UserError(
@@ -488,6 +624,8 @@ def _check_can_continue(plan: "Plan", directory: "RunDirectory") -> list[str]:
         return []
     then = {"cluster": old.cluster, "mesh": old.mesh, "steps": old.steps}
     now = {"cluster": plan.cluster, "mesh": plan.mesh, "steps": plan.steps}
+    for key in ("project", "zone", "tpu"):  # where its hosts may still be
+        then[key], now[key] = ((p.submission or {}).get(key) for p in (old, plan))
     return changed + [f"{key}: {then[key]}, now {now[key]}" for key in then if then[key] != now[key]]
 
 
@@ -515,7 +653,7 @@ def _already_done(plan: "Plan", directory: "RunDirectory") -> bool:
     return True
 
 
-def _find(root: Path, name: str | None) -> "RunDirectory":
+def _find(root: str, name: str | None) -> "RunDirectory":
     from configs.load import nearest
     from launcher.rundir import runs
 
@@ -541,6 +679,11 @@ def _backend_of(directory: "RunDirectory") -> "Backend":
     from launcher import backends
 
     return backends.get(_plan_of(directory).backend)
+
+
+def _is_remote(directory: "RunDirectory") -> bool:
+    """Whether `launch` reaches its hosts; those of `launch worker` it does not."""
+    return _backend_of(directory).REMOTE and _plan_of(directory).submission is not None
 
 
 def _state(directory: "RunDirectory") -> "State":
@@ -571,27 +714,54 @@ def _states(directory: "RunDirectory") -> Iterator["State"]:
 # Running, here or elsewhere
 
 
-def _train(plan: "Plan", directory: "RunDirectory", starter: "Starter", *, requeue: bool, begin: bool) -> int:
-    """Supervise the run from here; its exit code. `begin`: this is a new launch, not the next job of one."""
+def _train(
+    plan: "Plan", directory: "RunDirectory", starter: "Starter", *, requeue: bool, begin: bool, yes: bool = False,
+    detach: bool = False,
+) -> int:  # fmt: skip
+    """Supervise the run from here; its exit code. `begin`: this is a new launch, not the next job of one.
+
+    `detach`: only until the workers have begun.
+    """
     from launcher import backends
-    from launcher.supervise import EXIT_SAVED, Wishes, exit_code, supervise
+    from launcher.rundir import Elsewhere
+    from launcher.supervise import EXIT_DONE, EXIT_SAVED, Wishes, exit_code, supervise
 
     job = starter.ledger()["job"]
-    with (
-        directory.locked(),
-        _signals(Wishes()) as wishes,
-        console.Progress(plan, JOB_PROGRESS_SECONDS if requeue else console.PROGRESS_SECONDS) as progress,
-    ):
+    if starter.REMOTE and directory.is_running():
+        click.echo("waiting     to see whether the launcher that had this run is still there")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(directory.locked())
+        if starter.REMOTE and not begin and directory.result() is not None:
+            raise Elsewhere(f"run {plan.name} has ended meanwhile")
         directory.claim_checkpoints(plan)
+        if starter.REMOTE and begin:
+            _acquire(plan, directory, yes=yes)
+        wishes = stack.enter_context(_signals(Wishes(outlived=starter.REMOTE)))
+        seconds = JOB_PROGRESS_SECONDS if requeue else console.PROGRESS_SECONDS
+        progress = stack.enter_context(console.Progress(plan, seconds))
         directory.create(plan)
         if begin:
             directory.begin(job)
         else:
             directory.write_job(job)
-        result = supervise(
-            plan, directory, starter, wishes=wishes, watch=progress.watch, announce=progress.line
-        )
-    console.print_result(plan, directory, result, again=not requeue)
+
+        detached = False
+
+        def watch(attempt: int, report: dict[str, Any]) -> None:
+            progress.watch(attempt, report)
+            nonlocal detached
+            detached = detach and "pid" in report  # a worker's own word
+            wishes.leave = wishes.leave or detached
+
+        result = supervise(plan, directory, starter, wishes=wishes, watch=watch, announce=progress.line)
+        if result is None:
+            why = "another launcher has taken it over" if directory.is_lost() else "what it has stays there"
+            progress.line(f"left        {why}; `launch attach {plan.name}` goes on with it")
+            return EXIT_DONE if detached else EXIT_SAVED
+        if starter.REMOTE:
+            progress.line("deleting what was created")
+            progress.line(backends.remote(plan.backend).release(plan, directory))
+    console.print_result(plan, directory, result, again=begin and not requeue)
     code = exit_code(result)
     if requeue and code == EXIT_SAVED:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a requeue sends to all of the job
@@ -599,6 +769,23 @@ def _train(plan: "Plan", directory: "RunDirectory", starter: "Starter", *, reque
     elif requeue:
         backends.queue_of(plan.backend).stay_ended()
     return code
+
+
+def _acquire(plan: "Plan", directory: "RunDirectory", *, yes: bool) -> None:
+    """Have the hosts created, if they are not there, with the user's consent. Raises UserError; then nothing is."""
+    from launcher import backends
+
+    remote = backends.remote(plan.backend)
+    offer = remote.offer(plan, directory)
+    if offer is not None:
+        click.echo(f"to create   {offer}")
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UserError(
+                    "what is to be created costs money, and nothing was created; say --yes to create it"
+                )
+            click.confirm("Create it?", abort=True)
+    remote.acquire(plan, directory)
 
 
 def _submit(plan: "Plan", directory: "RunDirectory") -> None:
@@ -633,14 +820,15 @@ def _follow(plan: "Plan", directory: "RunDirectory", *, again: bool = True) -> i
                 if state.word == "running" and report.get("time", 0) > begun:
                     progress.watch(directory.last_attempt(), report)
     except KeyboardInterrupt:
+        where = f", in job {directory.job()}" if directory.job() else ""
         click.echo(
-            f"\nleft running, in job {directory.job()}: `launch attach {plan.name}` follows it, "
+            f"\nleft running{where}: `launch attach {plan.name}` follows it, "
             f"`launch stop {plan.name}` has it save and end"
         )
         return EXIT_STOPPED
     result = directory.result()
     if result is None or result["status"] != state.word:
-        click.echo(f"run {plan.name} is {state}; see {directory.path / 'logs'}, and `launch` again to resume")
+        click.echo(f"run {plan.name} is {state}; see {directory.place}/logs, and `launch` again to resume")
         return EXIT_CODES.get(state.word, EXIT_CODES["failed"])
     console.print_result(plan, directory, result, again=again)
     return exit_code(result)
@@ -649,7 +837,8 @@ def _follow(plan: "Plan", directory: "RunDirectory", *, again: bool = True) -> i
 @contextlib.contextmanager
 def _signals(wishes: Any) -> Iterator[Any]:
     """Ctrl-C and SIGTERM become wishes while a run is supervised."""
-    before = {s: signal.signal(s, wishes.interrupted) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if wishes.outlived else [])]
+    before = {s: signal.signal(s, wishes.interrupted) for s in signals}
     try:
         yield wishes
     finally:

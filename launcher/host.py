@@ -28,7 +28,9 @@ CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 INTERFACE = "LAUNCH_INTERFACE"
 HEARTBEAT_SECONDS = 3.0
 MEETING_SECONDS = 600.0
-CALLED_OFF = 0
+# In the place of an attempt's number: there is nothing to do, or process 0 is refused.
+CALLED_OFF, REFUSED = 0, -1
+REFUSED_WORDS = "process 0 was refused; see what it has said"
 
 
 def worker_environment(plan: Plan, process: int, coordinator: str) -> dict[str, str]:
@@ -67,6 +69,7 @@ class Host:
 
     def __init__(self, place: Place, run: RunDirectory):
         self.place, self._run = place, run
+        self.node = place.node
         self._lock = threading.RLock()  # a signal handler may find its own thread holding it
         self._worker: subprocess.Popen[bytes] | None = None
         self._stopped = False
@@ -84,6 +87,8 @@ class Host:
             attempt, coordinator = self._call(attempt)
         else:
             attempt, coordinator = self._listen()
+        if attempt == REFUSED:
+            raise UserError(REFUSED_WORDS)
         if attempt == CALLED_OFF:
             return False
         plan = self._plan()
@@ -103,9 +108,9 @@ class Host:
                 self._worker.terminate()
         return True
 
-    def call_off(self) -> None:
-        """Process 0 to the others: there is nothing to do."""
-        self._tell(CALLED_OFF, "")
+    def call_off(self, why: int = CALLED_OFF) -> None:
+        """Process 0 to the others: there is nothing to do, or it is refused."""
+        self._tell(why, "")
 
     def wait(self) -> int:
         """Exit code of the worker, or minus the signal that killed it."""
@@ -130,7 +135,7 @@ class Host:
 
     def _check_visible(self, attempt: int) -> None:
         # A directory of the same name may be left on this host's own disk.
-        if not self._run.logs(attempt).is_dir():
+        if not self._run.where(attempt):
             raise UserError(
                 f"run directory {self._run.path} is not visible on {self.place.node}: it must be on a file "
                 "system that all nodes share; choose another place with --root"

@@ -23,11 +23,12 @@ from configs.clusters import SlurmCluster, seconds
 from configs.errors import UserError
 from configs.files import write_atomically
 from launcher.backends import Exit, State, drain, ended
-from launcher.host import HEARTBEAT_SECONDS, INTERFACE, Host
+from launcher.host import HEARTBEAT_SECONDS, INTERFACE
 from launcher.place import hostnames, numbers
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
+REMOTE = False
 ASK_SECONDS = 30.0
 SILENT_SECONDS = 20.0
 START_SECONDS = 600.0  # images of containers are fetched then
@@ -291,6 +292,10 @@ def start(plan: Plan, run: RunDirectory, attempt: int) -> "SrunGang":
     return SrunGang(plan, run, attempt)
 
 
+def adopt(plan: Plan, run: RunDirectory, attempt: int) -> None:
+    """A step ends with the job's launcher."""
+
+
 def _cluster(plan: Plan) -> SlurmCluster:
     """What was asked for; where the job was made by other hands, the defaults."""
     return SlurmCluster.model_validate(plan.submission or {"nodes": plan.hosts})
@@ -348,7 +353,7 @@ class SrunGang:
         self._polled = self._begun
         self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._last_words = ""
-        self._log = (run.logs(attempt) / "srun.log").open("ab")
+        self._log = (run.path / f"logs/attempt-{attempt}/srun.log").open("ab")
         self._srun = subprocess.Popen(
             _srun(plan, attempt),
             stdin=subprocess.PIPE,
@@ -373,6 +378,9 @@ class SrunGang:
         if self._killed is None:
             self._killed = time.monotonic()
             self._tell(None)
+
+    def leave(self) -> None:
+        raise AssertionError("it ends with its launcher")
 
     def stopped_by(self) -> str:
         return stopped_by(_fields(), os.environ)
@@ -473,47 +481,9 @@ class SrunGang:
         return []
 
 
-class StepGang:
-    """The gang seen from process 0 of a step that others have started: it knows how it ended itself."""
-
-    def __init__(self, host: Host, attempt: int, processes: int):
-        self._host, self._processes = host, processes
-        self._news: queue.SimpleQueue[Exit] = queue.SimpleQueue()
-        host.start(attempt)
-        threading.Thread(target=self._wait, daemon=True).start()
-
-    def _wait(self) -> None:
-        code = self._host.wait()
-        for process in range(self._processes):
-            self._news.put(Exit(process, code, self._host.place.node if process == 0 else ""))
-
-    def poll(self, timeout: float) -> list[Exit]:
-        return drain(self._news, timeout)
-
-    def ask_to_stop(self) -> None:
-        self._host.ask_to_stop()
-
-    def kill(self) -> None:
-        self._host.kill()
-
-    def stopped_by(self) -> str:
-        return stopped_by(_fields(), os.environ)
-
-
-class InStep:
-    """The backend of `launch worker`: processes are there already."""
-
-    def __init__(self, host: Host):
-        self._host = host
-
-    def start(self, plan: Plan, run: RunDirectory, attempt: int) -> StepGang:
-        return StepGang(self._host, attempt, plan.processes)
-
-    def ledger(self) -> dict[str, Any]:
-        return ledger()
-
-    def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
-        return False
+def stopped_by_now() -> str:
+    """Who ends the step that others have started."""
+    return stopped_by(_fields(), os.environ)
 
 
 # Asking SLURM

@@ -23,8 +23,8 @@ from launcher.rundir import RunDirectory
 RECIPES = Path(configs.__file__).parent
 QUICKSTART = str(RECIPES / "quickstart.yaml")
 COMMANDS = [
-    "attach", "clusters", "data", "list", "logs", "plan", "run", "schema", "status", "stop", "supervise",
-    "tensorboard", "worker",
+    "attach", "clusters", "data", "gc", "list", "logs", "plan", "run", "schema", "ssh", "status", "stop",
+    "supervise", "tensorboard", "worker",
 ]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_dry_run_shows_the_plan_and_its_commands():
         assert text in shown
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("[!c]*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("[qr]*.yaml")), ids=lambda path: path.stem)
 def test_command_in_the_head_of_each_recipe_can_be_planned(path, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     command = re.search(r"^#   launch (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -483,6 +483,7 @@ def test_clusters_tells_the_kinds_and_the_default():
         "local-P",
         "local-PxD",
         "slurm-NxG",
+        "tpu-GEN-SIZE",
         "NAME",
         *named(),
         "default",

@@ -43,7 +43,7 @@ def submitted(quickstart: Path) -> Callable[..., Plan]:
             load(quickstart, [f"train.batch_size={16 * batch}"]),
             clusters.slurm("some", cluster),
             name="quickstart",
-            root=Path(root),
+            root=root,
             config_file=quickstart,
             provenance={},
         )

@@ -1,0 +1,334 @@
+"""Cloud TPU: the slice of a run is created, reached by ssh, replaced when it is taken away, and deleted at the end.
+
+On each VM an agent runs the worker and outlives our connection, so any machine can go on with the run: all that
+it needs lies in the run directory on gs://.
+"""
+
+import contextlib
+import dataclasses
+import getpass
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+
+from configs.clusters import TpuCluster
+from configs.errors import UserError
+from configs.google import UnreachableError
+from launcher import accelerators, costs, shipping
+from launcher.agent import FOLDER, identity
+from launcher.backends import State, ended
+from launcher.plan import Plan
+from launcher.providers import OWNER, Found, Provider, Request
+from launcher.remote import RemoteGang, check_secrets
+from launcher.rundir import RunDirectory
+from launcher.ssh import HostError, connected, public_key
+
+REMOTE = True
+ASK_SECONDS = 30.0
+SILENT_SECONDS = 120.0
+FAILURES_OF_A_BAD_VM = 2
+
+
+# What is asked for
+
+
+def settle(plan: Plan) -> Plan:
+    """The plan with what was left to this machine's defaults, so that another machine can go on with it."""
+    from launcher.providers.cloud_tpu import project_and_zone
+
+    cluster = _cluster(plan)
+    project, zone = project_and_zone(cluster.project, cluster.zone)
+    user = cluster.ssh_user or (None if cluster.os_login else getpass.getuser())
+    settled = cluster.model_copy(update={"project": project, "zone": zone, "ssh_user": user})
+    # The hosts have a Python of their own; among themselves they are compared.
+    provenance = {key: value for key, value in plan.provenance.items() if key not in ("python", "packages")}
+    provenance["code"] = shipping.Code(shipping.archive(cluster.max_code_mib)).provenance
+    return dataclasses.replace(plan, submission=settled.model_dump(mode="json"), provenance=provenance)
+
+
+def render(plan: Plan) -> str:
+    cluster = _cluster(plan)
+    if cluster.tpu:
+        first = f"# the TPU {cluster.tpu}, as it is"
+    else:
+        request = dataclasses.asdict(_request(plan, "KEY"))
+        lines = [f"#   {key}: {value}" for key, value in request.items() if value not in (None, {}, ())]
+        first = "\n".join(["# one queued resource", *lines])
+    folder = f"{FOLDER}/{identity(plan.run_directory)}"
+    python = cluster.python or f"{FOLDER}/environments/LOCK/bin/python"
+    agent = shlex.join([python, "-P", "-m", "launcher.agent", "start", folder])
+    return f"{first}\n# on each of its {plan.hosts} VMs, by ssh, with the code in {folder}/code\n{agent}"
+
+
+def check(plan: Plan) -> None:
+    if not shutil.which("ssh"):
+        raise UserError("there is no ssh on this machine; install OpenSSH's client")
+    check_secrets(_cluster(plan))
+
+
+def offer(plan: Plan, run: RunDirectory) -> str | None:
+    cluster, condition = _cluster(plan), _provider(plan).condition(_name(plan))
+    if cluster.tpu:
+        if condition.word not in ("ready", "repairing"):
+            raise UserError(
+                f"--tpu {cluster.tpu}: in zone {cluster.zone} of project {cluster.project} it is {condition}; name one "
+                "that is READY, or leave --tpu out to have one created"
+            )
+        return None
+    if condition.word != "absent" and condition.owner != identity(plan.run_directory):
+        raise UserError(
+            f"the name {_name(plan)} is taken in zone {cluster.zone} of project {cluster.project}, by a TPU that is not "
+            "this run's; choose another --name, or delete it"
+        )
+    if condition.word not in ("absent", "lost", "leaving"):
+        old = run.plan()
+        kept = old.submission["accelerator"] if old and old.submission else cluster.accelerator
+        if kept != cluster.accelerator:
+            raise UserError(
+                f"{_name(plan)} is a tpu-{kept}, from an earlier launch of this run; use that, or delete it with "
+                f"`launch gc --delete {_name(plan)}`"
+            )
+        return None
+    one, slices = accelerators.tpu(cluster.accelerator)
+    config = plan.run_config()
+    price = costs.estimate(
+        config.model,
+        image_size=config.data.image_size,
+        steps=plan.steps,
+        batch_size=plan.global_batch,
+        one=one,
+        num_slices=slices,
+        provisioning=cluster.provisioning,
+        prices=costs.known_prices(),
+    )
+    many = f"{slices} × " if slices > 1 else ""
+    return (
+        f"{many}{one.accelerator_type} ({one.topology}), {plan.hosts} VMs, {cluster.provisioning}, in "
+        f"{cluster.zone} of project {cluster.project}, as {_name(plan)}\n            {costs.describe(price)}"
+    )
+
+
+def acquire(plan: Plan, run: RunDirectory) -> None:
+    cluster, name = _cluster(plan), _name(plan)
+    packed = shipping.archive(cluster.max_code_mib)
+    if cluster.python is None and not shipping.Code(packed).has_environment:
+        raise UserError(
+            f"the code in {shipping.HOME} has no {shipping.LOCK} to make a Python from on the VMs: launch from a "
+            "checkout, or set the cluster's python to one that has podlaunch's packages"
+        )
+    provider = _provider(plan)
+    word = provider.condition(name).word
+    if word in ("lost", "leaving"):
+        provider.delete(name)
+    is_new = word in ("absent", "lost", "leaving")
+    try:
+        if is_new:
+            try:
+                provider.create(_request(plan, _key(cluster)))
+            except UserError:
+                is_new = False  # it was refused
+                raise
+        run.write_code(packed)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(UnreachableError):
+                provider.delete(name)
+        raise
+
+
+def release(plan: Plan, run: RunDirectory) -> str:
+    cluster, name = _cluster(plan), _name(plan)
+    if cluster.tpu:
+        return f"left as it was: {name}"
+    if cluster.keep:
+        return f"kept        {name}: it costs money until `launch gc --delete {name}`"
+    try:
+        _provider(plan).delete(name)
+    except (UserError, UnreachableError) as e:
+        return f"not deleted {name}: {e}; it costs money until `launch gc --delete {name}`"
+    return f"deleted     {name}"
+
+
+def shell(plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) -> int:
+    provider, cluster, name = _provider(plan), _cluster(plan), _name(plan)
+    machines = provider.machines(name)
+    if not machines:
+        raise UserError(f"run {run.name} has no hosts now; see `launch status {run.name}`")
+    if key := _key(cluster):
+        provider.let_in(name, key)
+    with connected(cluster, machines) as ssh:
+        try:
+            return subprocess.run(ssh.command(host, *command, terminal=sys.stdin.isatty())).returncode
+        except HostError as e:
+            raise UserError(f"host {host}: {e}") from None
+
+
+def _request(plan: Plan, key: str | None) -> Request:
+    cluster = _cluster(plan)
+    one, slices = accelerators.tpu(cluster.accelerator)
+    return Request(
+        name=_name(plan),
+        accelerator_type=one.accelerator_type,
+        generation=one.generation.api_type,
+        topology=one.topology if "x" in cluster.accelerator and one.topology in cluster.accelerator else None,
+        runtime=cluster.runtime or one.generation.runtime,
+        slices=slices,
+        provisioning=cluster.provisioning,
+        reservation=cluster.reservation,
+        network=cluster.network or "default",
+        subnetwork=cluster.subnetwork,
+        external_ips=cluster.external_ips,
+        service_account=cluster.service_account,
+        labels={
+            **cluster.labels,
+            OWNER: identity(plan.run_directory),
+            "podlaunch-run": _slug(plan.name),
+            "podlaunch-owner": _slug(getpass.getuser()),
+            "podlaunch-generation": one.generation.name,
+            "podlaunch-chips": str(one.chips * slices),
+            "podlaunch-provisioning": cluster.provisioning,
+        },
+        tags=cluster.tags,
+        metadata={"ssh-keys": key} if key else {"enable-oslogin": "TRUE"},
+        description=plan.run_directory,
+        valid_until_hours=cluster.valid_until_hours,
+    )
+
+
+def _key(cluster: TpuCluster) -> str | None:
+    return None if cluster.os_login else f"{cluster.ssh_user}:{public_key(cluster)}"
+
+
+def _cluster(plan: Plan) -> TpuCluster:
+    return TpuCluster.model_validate(plan.submission)
+
+
+def _provider(plan: Plan) -> Provider:
+    from launcher.providers.cloud_tpu import CloudTpu
+
+    cluster = _cluster(plan)
+    assert cluster.project is not None
+    assert cluster.zone is not None
+    return CloudTpu(cluster.project, cluster.zone)
+
+
+def _name(plan: Plan) -> str:
+    return (
+        _cluster(plan).tpu
+        or f"podlaunch-{_slug(plan.name)[:32].strip('-')}-{identity(plan.run_directory)[:6]}"
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63]
+
+
+# What is there
+
+
+def state(run: RunDirectory) -> State:
+    plan = run.plan()
+    if run.is_running():
+        report = run.report(0)
+        return State("queued", report["phase"]) if report.get("queued") else State("running")
+    if plan is None or plan.submission is None or run.result() is not None:
+        return ended(run)
+    try:
+        condition = _provider(plan).condition(_name(plan))
+    except (UserError, UnreachableError) as e:
+        return State("unknown", f"no launcher looks after it; {e}")
+    if condition.word == "absent" or (_cluster(plan).tpu and not _has_agents(run)):
+        return ended(run)
+    word = "running" if condition.word == "ready" and _has_agents(run) else "queued"
+    return State(
+        word, f"{_name(plan)} is {condition.word}, and no launcher looks after it; `launch attach {run.name}`"
+    )
+
+
+def _has_agents(run: RunDirectory) -> bool:
+    return bool(run.where(run.last_attempt()).get("agents"))
+
+
+def left(project: str | None) -> list[Found]:
+    """All that podlaunch created in a project, and that is still there."""
+    from launcher.providers.cloud_tpu import CloudTpu, project_and_zone
+
+    return CloudTpu(project_and_zone(project, "-")[0], "-").ours(OWNER)
+
+
+def describe(found: Found) -> str:
+    """How it stands, how old it is, and what it has cost if it was there from the beginning."""
+    labels, hours = found.labels, (datetime.now(UTC) - found.created).total_seconds() / 3600
+    words = f"{found.state.word}, {hours:.1f} h old"
+    if found.state.word in ("ready", "repairing") and "podlaunch-chips" in labels:
+        generation, provisioning = labels["podlaunch-generation"], labels["podlaunch-provisioning"]
+        chips = int(labels["podlaunch-chips"])
+        words = (
+            f"{found.state.word}, {costs.spent(chips, generation, provisioning, hours, costs.known_prices())}"
+        )
+    return f"{words}, {labels.get('podlaunch-owner', 'of nobody')}'s"
+
+
+def may_be_deleted(found: Found) -> bool:
+    """Whether it is this user's, and its run is known to be over: no launcher has it, and no worker speaks."""
+    if found.labels.get("podlaunch-owner") != _slug(getpass.getuser()):
+        return False
+    try:
+        run = RunDirectory(found.description)
+        silent = time.time() - run.report(0).get("time", 0.0)
+        return not run.is_running() and (run.result() is not None or silent > SILENT_SECONDS)
+    except (UserError, UnreachableError):
+        return False
+
+
+def delete(project: str | None, found: Found) -> None:
+    from launcher.providers.cloud_tpu import CloudTpu, project_and_zone
+
+    CloudTpu(project_and_zone(project, found.zone)[0], found.zone).delete(found.name)
+
+
+# Attempts
+
+
+def ledger() -> dict[str, Any]:
+    return {"job": None, "restart_count": None}
+
+
+def can_restart(plan: Plan, run: RunDirectory) -> bool:
+    """A slice with a VM that failed twice is given up for another."""
+    failures = [a["failure"] for a in run.attempts_of_launch() if a["failure"]]
+    counts = Counter(f["host"] for f in failures if f["cause"] in ("lost", "not started"))
+    if failures and counts[failures[-1]["host"]] >= FAILURES_OF_A_BAD_VM and not _cluster(plan).tpu:
+        with contextlib.suppress(UnreachableError, UserError):  # then it is tried as it is
+            _provider(plan).delete(_name(plan))
+    return True
+
+
+def start(plan: Plan, run: RunDirectory, attempt: int) -> RemoteGang:
+    return _gang(plan, run, attempt, adopted=False)
+
+
+def adopt(plan: Plan, run: RunDirectory, attempt: int) -> RemoteGang | None:
+    if _has_agents(run) and _provider(plan).condition(_name(plan)).word == "ready":
+        return _gang(plan, run, attempt, adopted=True)
+    return None
+
+
+def _gang(plan: Plan, run: RunDirectory, attempt: int, *, adopted: bool) -> RemoteGang:
+    cluster = _cluster(plan)
+    return RemoteGang(
+        plan,
+        run,
+        attempt,
+        provider=_provider(plan),
+        name=_name(plan),
+        request=None if cluster.tpu else lambda: _request(plan, _key(cluster)),
+        key=_key(cluster),
+        adopted=adopted,
+    )

@@ -1,0 +1,283 @@
+"""What `launch` on Cloud TPU refuses, before anything is created; what it asks for; what it tells of what is left."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import configs
+from launcher.cli import main
+from launcher.providers import OWNER
+from tests import tpu_api
+from tests.gcs import BUCKET, Fault
+from tests.gcs import Server as Storage
+from tests.tpu_api import PROJECT, ZONE, Server
+
+QUICKSTART = str(Path(configs.__file__).with_name("quickstart.yaml"))
+ROOT = f"gs://{BUCKET}/runs"
+Launch = Callable[..., Result]
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch, gcs: Storage) -> Iterator[Server]:
+    server = Server()
+    server.seconds = 0.02
+    for name, value in tpu_api.environment(server.address).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("launcher.providers.cloud_tpu.POLL_SECONDS", 0.01)
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def _laptop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home of its own, with nothing in it."""
+    for name in ("HOME", "XDG_CONFIG_HOME", "CLOUDSDK_CONFIG"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launcher.storage.RENEW_SECONDS", 0.05)
+
+
+def launch(*arguments: str, cluster: str = "tpu-v4-32") -> Result:
+    return CliRunner().invoke(main, [QUICKSTART, "--root", ROOT, "--cluster", cluster, *arguments])
+
+
+def assert_refused(result: Result, *fragments: str) -> None:
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 2
+    assert all(line.startswith("error: ") for line in result.stderr.splitlines()), result.stderr
+    assert [f for f in fragments if f not in result.stderr] == [], result.stderr
+
+
+def nothing_was_created(api: Server, gcs: Storage) -> bool:
+    return not api.nodes and not api.queued_resources and not gcs.contents() and not api.rejected
+
+
+# What is refused, each with nothing created
+
+
+def test_a_local_run_directory(api, gcs, tmp_path):
+    result = CliRunner().invoke(main, [QUICKSTART, "--cluster", "tpu-v4-32", "--yes"])
+    assert_refused(result, "--root runs", "gs://bucket/prefix", "LAUNCH_ROOT")
+    assert api.log == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mesh_that_does_not_fit_the_slice(api, gcs):
+    assert_refused(launch("--yes", "mesh.model=3"), "mesh.model = 3", '"tpu-v4-32" has 16')
+    assert api.log == []
+
+
+def test_a_checkpoint_folder_of_this_machine(api, gcs):
+    assert_refused(launch("--yes", "checkpoint.directory=/data/x"), "checkpoint.directory = /data/x", "gs://")
+    assert api.log == []
+
+
+def test_no_project(api, gcs, monkeypatch):
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT")
+    assert_refused(launch("--yes"), "no Google Cloud project")
+    assert api.log == []
+
+
+def test_no_zone(api, gcs, monkeypatch):
+    monkeypatch.delenv("CLOUDSDK_COMPUTE_ZONE")
+    assert_refused(launch("--yes"), "no zone")
+    assert api.log == []
+
+
+def test_no_credentials(api, gcs, monkeypatch):
+    monkeypatch.delenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU")
+    assert_refused(launch("--yes"), "no Google credentials", "gcloud auth application-default login")
+    assert nothing_was_created(api, gcs)
+
+
+def test_an_api_that_is_not_enabled(api, gcs):
+    api.service_disabled()
+    assert_refused(launch("--yes"), f"gcloud services enable tpu.googleapis.com --project {PROJECT}")
+    assert nothing_was_created(api, gcs)
+
+
+def test_credentials_without_permission(api, gcs):
+    api.fail_next(403, "Permission 'tpu.queuedResources.create' denied", method="queuedResources.create")
+    assert_refused(launch("--yes"), "roles/tpu.admin")
+    assert nothing_was_created(api, gcs)
+
+
+def test_a_quota_that_is_used_up(api, gcs):
+    words = "Quota limit 'TPUV4sPodPerProjectPerZone' has been exceeded. Limit: 8 in region us-central2."
+    api.fail_next(429, words, method="queuedResources.create", times=50)
+    assert_refused(launch("--yes"), "Quota limit 'TPUV4sPodPerProjectPerZone' has been exceeded")
+    assert nothing_was_created(api, gcs)
+
+
+def test_a_zone_without_that_type_names_those_that_have_it(api, gcs):
+    result = launch("--yes", "--set", "zone=europe-west4-a")
+    assert_refused(result, "europe-west4-a", ZONE)
+    assert nothing_was_created(api, gcs)
+
+
+@pytest.mark.parametrize("root", ["gs://", "gs:///x", "gs://-bad/x", "s3://bucket/x"])
+def test_a_root_that_is_no_place(api, root):
+    assert_refused(
+        CliRunner().invoke(main, [QUICKSTART, "--root", root, "--cluster", "tpu-v4-32"]), f"--root {root}"
+    )
+    assert api.log == []
+
+
+@pytest.mark.parametrize("setting", ["tpu=a/b", "zone=../..", "project=a/b"])
+def test_a_name_that_is_none_of_google(api, gcs, setting):
+    assert_refused(launch("--yes", "--set", setting), setting.replace("=", " = "))
+    assert api.log == []
+
+
+def test_another_zone_while_the_slice_of_the_run_is_there(api, gcs):
+    from launcher.backends import tpu
+    from launcher.rundir import RunDirectory
+
+    plan = tpu.settle(_planned())
+    run = RunDirectory(plan.run_directory)
+    tpu.acquire(plan, run)
+    run.create(plan)
+    run.begin_attempt({})
+    result = launch("--yes", "--set", "zone=us-east5-a")
+    assert_refused(result, "is queued", f"zone: {ZONE}, now us-east5-a", "launch attach quickstart")
+    assert len(api.queued_resources) == 1
+
+
+def test_one_place_has_one_name(api):
+    result = CliRunner().invoke(
+        main, ["plan", QUICKSTART, "--root", "gs://bucket//a/", "--cluster", "tpu-v4-32", "--json"]
+    )
+    assert json.loads(result.stdout)["run_directory"] == "gs://bucket/a/quickstart"
+
+
+def test_a_bucket_that_is_absent(api, gcs):
+    result = CliRunner().invoke(
+        main, [QUICKSTART, "--root", "gs://absent/runs", "--cluster", "tpu-v4-32", "--yes"]
+    )
+    assert_refused(result, "there is no bucket absent")
+    assert nothing_was_created(api, gcs)
+
+
+def test_a_bucket_that_may_not_be_written(api, gcs):
+    gcs.faults = [Fault("status", operation="upload", status=403)]
+    assert_refused(launch("--yes"), "no permission (HTTP 403)")
+    assert nothing_was_created(api, gcs)
+
+
+def test_a_secret_that_is_not_exported(api, gcs):
+    assert_refused(launch("--yes", "--set", "secrets=[WANDB_API_KEY]"), "WANDB_API_KEY", "export")
+    assert api.log == []
+
+
+def test_a_tpu_that_is_not_there(api, gcs):
+    assert_refused(launch("--yes", "--tpu", "mine"), "--tpu mine", "absent")
+    assert nothing_was_created(api, gcs)
+
+
+def test_nobody_to_ask_whether_to_create(api, gcs):
+    result = launch()
+    assert_refused(result, "costs money", "--yes")
+    assert "v4-32 (2x2x4), 4 VMs, on-demand" in result.stdout
+    assert "16 chips, 16 chip-hours ($51.52) an hour" in result.stdout
+    assert nothing_was_created(api, gcs)
+
+
+def test_code_that_is_too_large_to_ship(api, gcs):
+    assert_refused(launch("--yes", "--set", "max_code_mib=0.01"), "max_code_mib = 0.01", "largest files")
+    assert nothing_was_created(api, gcs)
+
+
+def test_a_setting_that_is_misspelt(api, gcs):
+    assert_refused(launch("--yes", "--set", "provisionning=spot"), "provisionning", "provisioning")
+    assert api.log == []
+
+
+def test_a_name_that_somebody_else_has_taken(api, gcs):
+    name = re.search(r"as (podlaunch-\S+)", launch().stdout)[1]
+    other = {"tpu": {"nodeSpec": [{"parent": f"projects/{PROJECT}/locations/{ZONE}", "nodeId": name, "node": {
+        "acceleratorType": "v4-8", "runtimeVersion": "x", "labels": {OWNER: "another"}}}]}}  # fmt: skip
+    path = f"/v2/projects/{PROJECT}/locations/{ZONE}/queuedResources"
+    status, _ = api.answer("POST", path, {"queuedResourceId": name}, json.dumps(other).encode())
+    assert status == 200
+    assert_refused(launch("--yes"), name)
+    assert len(api.queued_resources) == 1
+
+
+# What is asked for, and shown without being asked for
+
+
+def test_dry_run_asks_nobody(api, gcs):
+    result = launch("--dry-run", "--set", "provisioning=spot", cluster="tpu-v5e-16x2")
+    assert result.exit_code == 0, result.output
+    assert "accelerator_type: v5litepod-16" in result.stdout
+    assert "slices: 2" in result.stdout
+    assert "provisioning: spot" in result.stdout
+    assert api.log == []
+
+
+def test_plan_needs_no_project(monkeypatch):
+    result = CliRunner().invoke(
+        main, ["plan", QUICKSTART, "--root", ROOT, "--cluster", "tpu-v4-32", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert (plan["hosts"], plan["devices_per_process"], plan["platform"]) == (4, 4, "tpu")
+    assert plan["config"]["checkpoint"]["directory"] == f"{ROOT}/quickstart/checkpoints"
+    assert plan["config"]["log"]["tensorboard"] == f"{ROOT}/quickstart/tensorboard"
+
+
+def test_gc_finds_nothing_where_nothing_is(api):
+    result = CliRunner().invoke(main, ["gc"])
+    assert (result.exit_code, result.stdout) == (0, "nothing that podlaunch created is left\n")
+
+
+def test_gc_knows_names(api):
+    assert_refused(CliRunner().invoke(main, ["gc", "--delete", "mine"]), "mine", "launch gc")
+
+
+def test_gc_tells_age_cost_and_run_and_deletes_what_it_is_told_to(api, gcs):
+    from launcher.agent import identity
+    from launcher.backends import tpu
+
+    place = f"{ROOT}/quickstart"
+    plan = tpu.settle(_planned())
+    tpu._provider(plan).create(tpu._request(plan, "me:ssh-ed25519 AAAA"))
+    while tpu._provider(plan).condition(tpu._name(plan)).word != "ready":
+        pass
+    listed = CliRunner().invoke(main, ["gc"])
+    assert listed.exit_code == 0, listed.output
+    assert tpu._name(plan).endswith(identity(place)[:6])
+    for words in (tpu._name(plan), ZONE, "v4-32", "ready, 0.0 h", "chip-hours, $", place):
+        assert words in listed.stdout
+    assert_refused(CliRunner().invoke(main, ["gc", "--delete"]), "--yes")
+    assert CliRunner().invoke(main, ["gc", "--delete", "--yes"]).exit_code == 0
+    assert nothing_was_created(api, gcs)
+
+
+def _planned():
+    from configs.load import load
+    from launcher import clusters
+    from launcher.plan import make_plan
+
+    path = Path(QUICKSTART)
+    return make_plan(
+        load(path),
+        clusters.resolve("tpu-v4-32"),
+        name="quickstart",
+        root=ROOT,
+        config_file=path,
+        provenance={},
+    )
+
+
+def test_labels_say_whose_it_is_and_what_it_costs(api):
+    from launcher.backends import tpu
+
+    labels = tpu._request(tpu.settle(_planned()), None).labels
+    assert labels[OWNER] == tpu.identity(f"{ROOT}/quickstart")
+    assert (labels["podlaunch-chips"], labels["podlaunch-generation"]) == ("16", "v4")
+    assert labels["podlaunch-owner"]
