@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,11 +40,14 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = LONG
 class Command:
     """A `launch` command that was typed; its output goes to a file."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], output: Path):
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], output: Path, inside: Sequence[str] = ()
+    ):
+        """`inside`: the command line that runs it elsewhere."""
         self._output = output
         with output.open("wb") as f:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launcher.cli", *arguments],
+                [*inside, sys.executable, "-m", "launcher.cli", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=f,
                 stderr=subprocess.STDOUT,

@@ -6,23 +6,25 @@ each node's local disk. `python -m tests.clusters.slurm` raises it until Enter i
 """
 
 import os
-import shutil
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from tests.clusters import network
+from tests.clusters.network import HERE, Host
+
 NODES = ("n1", "n2", "n3-ib", "rack1n4")  # as sites call them
-BRIDGE, NETWORK = "podlaunch0", "10.77.0"
+HOSTS = {node: Host(node, number) for number, node in enumerate(NODES, start=11)}
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
 READY_SECONDS = 60
 
 CONF = """\
 ClusterName=podlaunch
-SlurmctldHost=ctl({network}.1)
+SlurmctldHost=ctl({here})
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=10
@@ -57,14 +59,7 @@ PartitionName=short Nodes=ALL MaxTime=2 PriorityTier=1
 
 def missing() -> str | None:
     """Why it cannot be raised here, or None."""
-    if os.geteuid() != 0:
-        return "only root may make network namespaces"
-    if Path(f"/sys/class/net/{BRIDGE}").exists():
-        return f"its network {BRIDGE} is there already; end what raised it, or `ip link delete {BRIDGE}`"
-    absent = [program for program in PROGRAMS if not shutil.which(program)]
-    return (
-        f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge iproute2)" if absent else None
-    )
+    return network.missing(PROGRAMS)
 
 
 class Slurm:
@@ -83,7 +78,7 @@ class Slurm:
         for name in ("state", "local-disk"):
             (self.folder / name).mkdir()
         self._munge()
-        self._network()
+        network.make(HOSTS.values())
         self._write_configuration()
         self._start("slurmctld", ["unshare", "--uts", "sh", "-c", "hostname ctl; exec slurmctld -D -c -i"])
         for node in NODES:
@@ -94,12 +89,7 @@ class Slurm:
         for daemon in reversed(self._daemons.values()):
             daemon.kill()
             daemon.wait()
-        for node in NODES:
-            for pid in self._ip("netns", "pids", _namespace(node)).split():
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), 9)
-            self._ip("netns", "delete", _namespace(node))
-        self._ip("link", "delete", BRIDGE)
+        network.remove(HOSTS.values())
 
     def _munge(self) -> None:
         key = self.folder / "munge.key"
@@ -113,25 +103,12 @@ class Slurm:
              f"--seed-file={self.folder}/munge.seed"],
         )  # fmt: skip
 
-    def _network(self) -> None:
-        self._ip("link", "add", BRIDGE, "type", "bridge", check=True)
-        self._ip("address", "add", f"{NETWORK}.1/24", "dev", BRIDGE, check=True)
-        self._ip("link", "set", BRIDGE, "up", check=True)
-        for number, node in enumerate(NODES, start=11):
-            space, veth = _namespace(node), _veth(node)
-            self._ip("netns", "add", space, check=True)
-            self._ip("link", "add", veth, "type", "veth", "peer", "eth0", "netns", space, check=True)
-            self._ip("link", "set", veth, "master", BRIDGE, "up", check=True)
-            self._ip("-n", space, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0", check=True)
-            for device in ("lo", "eth0"):
-                self._ip("-n", space, "link", "set", device, "up", check=True)
-
     def _write_configuration(self) -> None:
         nodes = "\n".join(
-            f"NodeName={node} NodeAddr={NETWORK}.{number} CPUs=2 RealMemory=4000 Gres=gpu:2"
-            for number, node in enumerate(NODES, start=11)
+            f"NodeName={host.name} NodeAddr={host.address} CPUs=2 RealMemory=4000 Gres=gpu:2"
+            for host in HOSTS.values()
         )
-        conf = CONF.format(network=NETWORK, folder=self.folder, nodes=nodes)
+        conf = CONF.format(here=HERE, folder=self.folder, nodes=nodes)
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "gres.conf").write_text(
             f"NodeName={','.join(NODES)} Name=gpu File={self.folder}/gpu[0-1]\n"
@@ -139,8 +116,8 @@ class Slurm:
         for gpu in range(2):  # device files are all that SLURM looks at
             os.mknod(self.folder / f"gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        hosts = [f"{NETWORK}.{number} {node}" for number, node in enumerate(NODES, start=11)]
-        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{NETWORK}.1 ctl", *hosts, ""]))
+        hosts = [f"{host.address} {host.name}" for host in HOSTS.values()]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{HERE} ctl", *hosts, ""]))
 
     def start_node(self, node: str) -> None:
         # Not `ip netns exec`: it mounts /sys anew, and slurmd then finds no cgroups.
@@ -150,7 +127,7 @@ class Slurm:
         )
         self._start(
             node,
-            ["nsenter", f"--net=/run/netns/{_namespace(node)}", "unshare", "--uts", "--mount",
+            ["nsenter", f"--net=/run/netns/{HOSTS[node].namespace}", "unshare", "--uts", "--mount",
              "sh", "-c", script, "sh", node, str(self.folder)],
         )  # fmt: skip
 
@@ -187,27 +164,15 @@ class Slurm:
 
     def cut_off(self, node: str) -> None:
         """Take the node off the network; what runs there runs on."""
-        self._ip("link", "set", _veth(node), "down", check=True)
+        HOSTS[node].cut_off()
 
     def reconnect(self, node: str) -> None:
-        self._ip("link", "set", _veth(node), "up", check=True)
+        HOSTS[node].reconnect()
 
     def on_node(self, node: str, *command: str) -> str:
         """Run a command on a node, in its namespaces."""
         pid = self._daemons[node].pid
         return self.run("nsenter", f"--target={pid}", "--net", "--uts", "--mount", *command)
-
-    @staticmethod
-    def _ip(*arguments: str, check: bool = False) -> str:
-        return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True).stdout
-
-
-def _veth(node: str) -> str:
-    return f"podlaunch{NODES.index(node) + 1}"  # of 15 characters at most
-
-
-def _namespace(node: str) -> str:
-    return f"podlaunch-{node}"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ PAIR = "slurm-2x0"
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Slurm]:
     if reason := testbed.missing():
         assert "CI" not in os.environ, f"CI runs these tests: {reason}"

@@ -1,0 +1,306 @@
+"""Runs on Cloud TPU, from a laptop to a slice and back; see cloud.py for what stands for Google's part."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+import configs
+from tests.clusters import cloud as testbed
+from tests.clusters import tpu
+from tests.clusters.cloud import Cloud, CloudRun
+from tests.clusters.runs import SAVE_EVERY, TINY, wait_until
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 3 * SAVE_EVERY
+SHORT = f"train.steps={STEPS}"
+QUICKSTART = Path(configs.__file__).with_name("quickstart.yaml")
+ONE_VM = "tpu-v4-8"
+Make = Callable[..., CloudRun]
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    if reason := tpu.missing():
+        assert "CI" not in os.environ, f"CI runs these tests: {reason}"
+        pytest.skip(f"no TPU testbed: {reason}")
+    with testbed.raised(tmp_path_factory.mktemp("compiled")) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="module")
+def make_run(cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+    made: list[CloudRun] = []
+
+    def make(recipe: Path | None = None, like: CloudRun | None = None, **settings: Any) -> CloudRun:
+        """`like`: the same run, from another laptop."""
+        folder = tmp_path_factory.mktemp("run")
+        if recipe is None:
+            recipe = folder / "tiny.yaml"
+            recipe.write_text(TINY)
+        made.append(CloudRun(cloud, folder, recipe, like))
+        cloud.write_clusters(folder / "home", "v4-8", "v4-16", "v4-32", **settings)
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.end()
+
+
+@pytest.fixture
+def run(make_run: Make, cloud: Cloud) -> Iterator[CloudRun]:
+    """A run of the tiny recipe, about to be launched. All that it asked of the API was well-formed."""
+    run = make_run()
+    yield run
+    run.end()
+    cloud.clear()
+    assert cloud.api.rejected == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make_run: Make) -> CloudRun:
+    """The run from beginning to end in one attempt."""
+    run = make_run()
+    launched = run.launch(SHORT)
+    assert launched.wait() == 0, launched.text
+    run.download()
+    return run
+
+
+def test_quickstart_on_four_vms_from_creation_to_deletion(make_run: Make, cloud: Cloud) -> None:
+    run = make_run(QUICKSTART)
+    launched = run.launch("train.steps=6", "schedule.warmup_epochs=0", cluster="tpu-v4-32")
+    assert launched.wait() == 0, launched.text
+    assert "16 chips, 16 chip-hours ($51.52) an hour" in launched.text
+    result = run.result()
+    assert (result["status"], result["step"]) == ("completed", 6)
+    (attempt,) = run.attempts()
+    assert attempt["hosts"] == ["t0", "t1", "t2", "t3"]
+    assert attempt["start_seconds"].keys() == {"hosts", "ssh", "copy", "environment", "checks", "start"}
+    assert all("completed" in run.report(process)["phase"] for process in range(4))
+    assert cloud.nothing_is_left
+    assert not any(cloud.vms.pids(k) for k in range(4))
+    assert cloud.api.rejected == []
+
+
+def test_a_preempted_slice_is_created_anew_and_the_run_ends_with_the_same_bits(
+    run: CloudRun, cloud: Cloud, undisturbed: CloudRun
+) -> None:
+    launched = run.launch(SHORT)
+    run.wait_for_step(SAVE_EVERY + 2)
+    cloud.api.preempt(run.node())
+    assert launched.wait() == 0, launched.text
+    first, second = run.attempts()
+    assert (first["verdict"], first["failure"]["cause"]) == ("preempted", "preempted")
+    assert (first["kept_step"], second["from_step"]) == (SAVE_EVERY, SAVE_EVERY)
+    assert first["steps_lost"] >= 2
+    run.download()
+    run.assert_same_bits(undisturbed, STEPS)
+    assert cloud.nothing_is_left
+
+
+def test_a_notice_of_maintenance_saves_first(run: CloudRun, cloud: Cloud) -> None:
+    launched = run.launch(SHORT, "checkpoint.every_steps=1000")
+    run.wait_for_step(3)
+    (_, other) = run.machines()
+    cloud.vms.set_metadata(other, "instance/maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
+    run.wait_until(lambda: run.attempts(), "the first attempt ends")
+    cloud.vms.set_metadata(other, "instance/maintenance-event", "NONE")
+    assert launched.wait() == 0, launched.text
+    first, second = run.attempts()
+    assert (first["verdict"], first["failure"], first["steps_lost"]) == ("preempted", None, 0)
+    assert second["from_step"] == first["reached_step"] >= 3
+
+
+def test_a_killed_worker_is_the_cause_and_its_hosts_are_used_again(
+    run: CloudRun, cloud: Cloud, undisturbed: CloudRun
+) -> None:
+    before = cloud.creations()
+    launched = run.launch(SHORT)
+    run.wait_for_step(SAVE_EVERY + 2)
+    os.kill(run.workers()[1], signal.SIGKILL)
+    assert launched.wait() == 0, launched.text
+    first, _ = run.attempts()
+    host = first["hosts"][1]
+    assert (first["failure"]["process"], first["failure"]["host"]) == (1, host)
+    assert first["failure"]["cause"] == "SIGKILL"
+    assert f"process 1 on {host} failed" in launched.text
+    assert cloud.creations() == before + 1
+    run.download()
+    run.assert_same_bits(undisturbed, STEPS)
+
+
+def test_a_killed_launcher_leaves_a_run_that_another_laptop_goes_on_with(
+    run: CloudRun, make_run: Make, cloud: Cloud, undisturbed: CloudRun
+) -> None:
+    launched = run.launch(SHORT)
+    run.wait_for_step(2)
+    launched.process.kill()
+    launched.process.wait()
+    other = make_run(like=run)
+    attached = other.command("attach", run.name)
+    assert attached.wait() == 0, attached.text
+    (attempt,) = run.attempts()
+    assert (attempt["verdict"], attempt["from_step"], attempt["reached_step"]) == ("completed", 0, STEPS)
+    run.download()
+    run.assert_same_bits(undisturbed, STEPS)
+    assert cloud.nothing_is_left
+
+
+def test_a_closed_laptop_leaves_it_running_to_its_end(run: CloudRun, cloud: Cloud) -> None:
+    launched = run.launch(SHORT, cluster=ONE_VM)
+    run.wait_for_step(2)
+    launched.process.send_signal(signal.SIGHUP)
+    assert launched.wait() == 75
+    assert "launch attach tiny" in launched.text
+    status = run.command("status")
+    assert status.wait() == 0
+    assert "no launcher looks after it" in status.text
+    wait_until(lambda: run.report().get("phase") == "completed", "the workers train without a launcher")
+    attached = run.command("attach")
+    assert attached.wait() == 0, attached.text
+    assert run.result()["status"] == "completed"
+    assert cloud.nothing_is_left
+
+
+def test_logs_ssh_stop_and_list_from_another_terminal(run: CloudRun, cloud: Cloud) -> None:
+    launched = run.launch("train.steps=100000")
+    run.wait_for_step(2)
+    listed, shown = run.command("list"), run.command("logs")
+    assert (listed.wait(), shown.wait()) == (0, 0)
+    assert "running" in listed.text
+    assert "[host 1] " in shown.text
+    there = run.command("ssh", "--host", "1", "tiny", "uname", "-n")
+    assert there.wait() == 0, there.text
+    assert there.text.strip() == f"t{run.machines()[1]}"
+    refused = run.launch("train.steps=100000")
+    assert refused.wait() == 2
+    assert "is running already" in refused.text
+    stop = run.command("stop")
+    assert stop.wait() == 0, stop.text
+    assert launched.wait() == 130, launched.text
+    assert run.checkpoint_steps() == [run.result()["step"]]
+    assert cloud.nothing_is_left
+
+
+def test_a_run_that_waits_in_the_queue_is_stopped_there(run: CloudRun, cloud: Cloud) -> None:
+    cloud.api.hold = True
+    launched = run.launch(SHORT)
+    run.wait_until(lambda: "WAITING_FOR_RESOURCES" in launched.text, "it waits")
+    status = run.command("status")
+    assert status.wait() == 0
+    assert "queued" in status.text
+    stop = run.command("stop")
+    assert stop.wait() == 0, stop.text
+    assert launched.wait() == 130, launched.text
+    assert run.result()["status"] == "stopped"
+    assert cloud.nothing_is_left
+
+
+def test_a_launcher_killed_in_the_queue_leaves_what_gc_finds(run: CloudRun, cloud: Cloud) -> None:
+    cloud.api.hold = True
+    launched = run.launch(SHORT)
+    run.wait_until(lambda: "WAITING_FOR_RESOURCES" in launched.text, "it waits")
+    launched.process.kill()
+    launched.process.wait()
+    found = run.plain("gc")
+    assert found.wait() == 0
+    assert run.slice() in found.text
+    assert run.place in found.text
+    deleted = run.plain("gc", "--delete", "--yes", run.slice())
+    assert deleted.wait() == 0, deleted.text
+    assert cloud.nothing_is_left
+
+
+def test_two_runs_at_once_have_a_slice_each(run: CloudRun, make_run: Make, cloud: Cloud) -> None:
+    other = make_run()
+    launched = [r.launch("train.steps=4", cluster=ONE_VM) for r in (run, other)]
+    assert [each.wait() for each in launched] == [0, 0], launched[0].text + launched[1].text
+    hosts = [set(r.attempts()[0]["hosts"]) for r in (run, other)]
+    assert len(hosts[0] | hosts[1]) == 2
+    assert cloud.nothing_is_left
+
+
+def test_a_vm_without_sshd_is_named_and_its_slice_given_up_for_another(run: CloudRun, cloud: Cloud) -> None:
+    cloud.vms.stop_sshd(1)
+    try:
+        launched = run.launch("--max-restarts", "1", SHORT)
+        assert launched.wait() == 1, launched.text
+    finally:
+        cloud.vms.start_sshd(1)
+    address = cloud.vms.machines[1].internal_address
+    failures = [a["failure"] for a in run.attempts()]
+    assert [(f["host"], f["cause"]) for f in failures] == 2 * [(address, "not started")]
+    assert "not reached by ssh" in failures[0]["error"]
+    assert cloud.nothing_is_left
+
+
+def test_a_vm_without_disk_is_named_at_once(run: CloudRun, cloud: Cloud) -> None:
+    cloud.vms.fill_disk(0, 1 << 20)
+    try:
+        launched = run.launch(SHORT)
+        assert launched.wait() == 2, launched.text
+    finally:
+        cloud.vms.wipe(0)
+    assert f"on {cloud.vms.machines[0].internal_address} failed" in launched.text
+    assert "0.0 GiB free" in launched.text
+    assert cloud.nothing_is_left
+
+
+def test_kept_hosts_get_what_changed_and_nothing_else(make_run: Make, run: CloudRun, cloud: Cloud) -> None:
+    first = run.launch("--keep", "train.steps=2", cluster=ONE_VM)
+    assert first.wait() == 0, first.text
+    assert "it costs money until" in first.text
+    second = run.launch("--keep", "train.steps=4", cluster=ONE_VM)
+    assert second.wait() == 0, second.text
+    assert "to create" not in second.text
+    assert [a["copied_bytes"] > 0 for a in run.attempts()] == [True, False]
+    existing = run.launch("--tpu", run.slice(), "train.steps=6", cluster=ONE_VM)
+    assert existing.wait() == 0, existing.text
+    assert f"left as it was: {run.slice()}" in existing.text
+    deleted = run.plain("gc", "--delete", "--yes")
+    assert deleted.wait() == 0, deleted.text
+    assert cloud.nothing_is_left
+
+
+def test_secrets_reach_the_workers_and_no_file(run: CloudRun, cloud: Cloud) -> None:
+    run.environment["WANDB_API_KEY"] = secret = f"hush-{uuid4().hex}"
+    launched = run.launch("--set", "secrets=[WANDB_API_KEY]", "--keep", "train.steps=100000", cluster=ONE_VM)
+    run.wait_for_step(1)
+    worker = run.workers()[0]
+    assert f"WANDB_API_KEY={secret}".encode() in Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
+    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
+    assert not any(secret.encode() in command for command in commands)
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.wait() == 130, launched.text
+    for k in run.machines():
+        for file in cloud.vms.home(k).rglob("*"):
+            assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+    for name, content in cloud.storage.contents(run.prefix).items():
+        assert secret.encode() not in content, name
+    assert secret not in launched.text
+    cloud.delete(run.slice())
+
+
+def test_launch_worker_on_each_vm_joins_by_itself(run: CloudRun, cloud: Cloud, undisturbed: CloudRun) -> None:
+    """As `gcloud compute tpus tpu-vm ssh … --worker=all --command "launch worker …"` does."""
+    machines = cloud.give("v4-16")
+    workers = [run.on_vm(k, "worker", str(run.recipe), "--root", run.root_place, SHORT) for k in machines]
+    assert [worker.wait() for worker in workers] == [0, 0], workers[0].text + workers[1].text
+    assert run.result()["status"] == "completed"
+    run.download()
+    run.assert_same_bits(undisturbed, STEPS)
+
+
+def test_a_missing_worker_is_named(run: CloudRun, cloud: Cloud) -> None:
+    machines = cloud.give("v4-16")
+    first = run.on_vm(
+        machines[0], "worker", str(run.recipe), "--root", run.root_place, SHORT, LAUNCH_MEETING_SECONDS="4"
+    )
+    assert first.wait() == 2, first.text
+    assert f"worker 1 ({cloud.vms.machines[machines[1]].internal_address}) has not come" in first.text
