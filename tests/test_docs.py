@@ -2,7 +2,7 @@
 
 Commands stand in fenced blocks: `bash`, one a line, or `console`, where `$ ` marks a command and what
 follows is its output, `…` standing for anything. Here they are run in a folder with the recipes and a
-finished run; a command that would train is run with --dry-run.
+finished run, for docs/tpu.md under gs:// and with its slice; a command that would train is run with --dry-run.
 
     python -m tests.test_docs        writes the tables of fields in docs/configs.md anew
 """
@@ -28,22 +28,28 @@ from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
 import configs
-from configs.clusters import SlurmCluster
+from configs import checkpoints, google
+from configs.clusters import SlurmCluster, TpuCluster
 from configs.clusters import named as clusters_by_name
 from configs.schema import json_schema
-from launcher import clusters, supervise
-from launcher.backends import Exit
+from launcher import clusters, storage, supervise
+from launcher.backends import Exit, tpu
 from launcher.cli import main
 from launcher.plan import _FREE, Plan
+from launcher.providers import cloud_tpu
 from launcher.rundir import RunDirectory
+from tests import gcs, tpu_api
 from tests.trainer import datasets
+from trainer.data import storage as data_storage
 
 REPOSITORY = Path(configs.__file__).parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 CONFIGS_PAGE = DOCS / "configs.md"
 MARKED = re.compile(r"(?<=<!-- fields -->\n\n).*(?=<!-- end of fields -->)", re.DOTALL)
-TEXTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *PAGES]
+TPU_PAGE = DOCS / "tpu.md"
+OTHERS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md")
+TEXTS = [*(REPOSITORY / name for name in OTHERS), *PAGES]
 WITH_COMMANDS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *PAGES]
 
 
@@ -138,7 +144,7 @@ def test_readme_links_to_every_page():
 
 @pytest.mark.parametrize("page", TEXTS, ids=page_id)
 def test_files_named_in_the_text_exist(page: Path):
-    rooms = r"(?:configs|launcher|trainer|models|tests|benchmarks|docs|\.ci)/[a-z_./0-9]*"
+    rooms = r"(?:configs|launcher|trainer|models|tests|benchmarks|deploy|docs|\.ci)/[a-z_./0-9]*"
     named = {s for s in code_spans(page.read_text(encoding="utf-8")) if re.fullmatch(rooms, s)}
     assert [s for s in sorted(named) if not (REPOSITORY / s).exists()] == []
 
@@ -158,7 +164,7 @@ def test_settings_named_in_the_text_exist(page: Path):
     assert sorted(named - fields - sections - files) == []
 
 
-FOREIGN_OPTIONS = {"--gpus-per-node", "--signal", "--logdir", "--root-user-action"}
+FOREIGN_OPTIONS = {"--gpus-per-node", "--signal", "--logdir", "--root-user-action", "-o"}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=page_id)
@@ -224,6 +230,20 @@ def in_the_slurm_tests(command: str, shown: list[str]) -> None:
     assert [word for word in words + file if f'"{word}"' not in tests] == []
 
 
+def told_by_launch(command: str, shown: list[str]) -> None:
+    """What `launch` tells the user to type, with another last word."""
+    said = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (google, cloud_tpu))
+    assert f"`{command.rpartition(' ')[0]} " in said
+
+
+def parsed_by_launch(command: str, shown: list[str]) -> None:
+    """A command of `launch`, perhaps one that gcloud is to run; understood here, and not done."""
+    words = shlex.split(command)
+    launch, name, *arguments = shlex.split(words[-1]) if words[0] == "gcloud" else words
+    assert launch == "launch"
+    main.commands[name].make_context(name, arguments)
+
+
 def somebody_elses(command: str, shown: list[str]) -> None:
     """Not ours to check."""
 
@@ -235,7 +255,7 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "make test-fast": a_make_target,
     "make check": a_make_target,
     "make format": a_make_target,
-    "make slurm": a_make_target,
+    "make testbed": a_make_target,
     "sbatch deploy/slurm/train.sbatch configs/r50.yaml": in_the_slurm_tests,
     "srun --kill-on-bad-exit=1 launch worker configs/r50.yaml": in_the_slurm_tests,
     "python -m tests.launcher.backends.test_slurm": somebody_elses,
@@ -247,7 +267,15 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "pip install -e '.[cuda12]'": an_installable_extra,
     "pip install -e '.[test]'": an_installable_extra,
     "tensorboard --logdir runs": an_installed_module,
-    "gcloud auth application-default login": somebody_elses,
+    "gcloud auth application-default login": told_by_launch,
+    "gcloud config set project my-project": told_by_launch,
+    "gcloud config set compute/zone us-central2-b": told_by_launch,
+    "gcloud services enable tpu.googleapis.com --project my-project": told_by_launch,
+    "gcloud storage buckets create gs://my-bucket": told_by_launch,
+    "launch ssh r152 --host 2": parsed_by_launch,
+    "launch ssh r152 --host 2 -- df -h": parsed_by_launch,
+    "gcloud compute tpus tpu-vm ssh my-tpu --worker=all --command "
+    '"launch worker configs/r152.yaml --root gs://my-bucket/runs"': parsed_by_launch,
     "python -m tests.test_docs": somebody_elses,
 }
 # The other programs that pages may call, and that are run.
@@ -264,20 +292,51 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the recipes, some images and one finished run of the quickstart, without GPUs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "my-project")
+    monkeypatch.setenv("CLOUDSDK_COMPUTE_ZONE", tpu_api.ZONE)
+    monkeypatch.delenv("LAUNCH_ROOT", raising=False)
     shutil.copytree(REPOSITORY / "configs", "configs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     _write_images(tmp_path)
     planned = CliRunner().invoke(main, ["plan", "configs/quickstart.yaml", "--json"])
-    run = RunDirectory(tmp_path / "runs" / "quickstart")
-    run.create(Plan.from_json(planned.stdout))
-    number = run.begin_attempt({})
-    run.log(number, 0).write_text("[Gloo] Rank 0 is connected to 1 peer ranks.\n")
-    run.log(number, 1).write_text("[Gloo] Rank 1 is connected to 1 peer ranks.\n")
-    run.write_report(0, FINISHED["report"])
-    run.add_attempt(FINISHED["attempt"])
-    run.write_result(FINISHED["result"])
+    run = _finished_run(Plan.from_json(planned.stdout))
     for step in (46, 68, 90):
         (run.path / "checkpoints" / str(step)).mkdir(parents=True)
     return tmp_path
+
+
+@pytest.fixture
+def cloud(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The desk, and a finished run of docs/tpu.md in a bucket, whose slice was kept."""
+    bucket, api = gcs.Server("my-bucket"), tpu_api.Server()
+    api.seconds = 0.02
+    monkeypatch.setattr(cloud_tpu, "POLL_SECONDS", 0.01)
+    here = {"GOOGLE_CLOUD_PROJECT": "my-project", "XDG_CONFIG_HOME": str(desk / ".config")}
+    for name, value in (gcs.environment(bucket.address) | tpu_api.environment(api.address) | here).items():
+        monkeypatch.setenv(name, value)
+    plan = _tpu_plan()
+    _finished_run(plan)
+    cloud_tpu.CloudTpu("my-project", tpu_api.ZONE).create(tpu._request(plan, None))
+    yield desk
+    api.close()
+    bucket.close()
+
+
+def _tpu_plan() -> Plan:
+    arguments = ["--cluster", "tpu-v4-32", "configs/r152.yaml", "--root", "gs://my-bucket/runs"]
+    planned = CliRunner().invoke(main, ["plan", *arguments, "--json"])
+    return tpu.settle(Plan.from_json(planned.stdout))
+
+
+def _finished_run(plan: Plan) -> RunDirectory:
+    run = RunDirectory(plan.run_directory)
+    run.create(plan)
+    number = run.begin_attempt({})
+    for process in range(plan.processes):
+        run.write_log(number, process, f"[Gloo] Rank {process} is connected to 1 peer ranks.\n")
+    run.write_report(0, FINISHED["report"])
+    run.add_attempt(FINISHED["attempt"])
+    run.write_result(FINISHED["result"])
+    return run
 
 
 def _write_images(desk: Path) -> None:
@@ -305,12 +364,23 @@ FINISHED: dict[str, Any] = {
         "attempt": 1, "verdict": "completed", "from_step": 0, "reached_step": 90, "kept_step": 90,
         "wall_seconds": 180.6, "seconds": {}, "failure": None,
     },
-    "result": {"status": "completed", "step": 90},
+    "result": {
+        "status": "completed", "step": 90, "epoch": 90 * 64 / 1437, "metrics": {}, "attempts": 1, "wall_seconds": 180.6,
+        "failure": None,
+    },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=page_id)
+@pytest.mark.parametrize("page", [page for page in WITH_COMMANDS if page != TPU_PAGE], ids=page_id)
 def test_commands_work(page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch):
+    run_commands(page, monkeypatch)
+
+
+def test_commands_of_tpu_md_work(cloud: Path, monkeypatch: pytest.MonkeyPatch):
+    run_commands(TPU_PAGE, monkeypatch)
+
+
+def run_commands(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executed: list[list[str]] = []
     monkeypatch.setattr(os, "execvp", lambda file, argv: executed.append(argv))
     for command, shown in commands(page.read_text(encoding="utf-8")):
@@ -321,6 +391,8 @@ def test_commands_work(page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch):
             assert (REPOSITORY / benchmark[0]).is_file(), command
         elif command.split()[0] == "launch":
             run_launch(shlex.split(command)[1:], shown)
+        elif command.startswith("export "):
+            monkeypatch.setenv(*command.removeprefix("export ").split("=", 1))
         else:
             assert command.split()[0] in HARMLESS, f"{command}: say in NOT_RUN what is checked instead"
             subprocess.run(shlex.split(command), check=True)
@@ -415,14 +487,18 @@ def test_fields_in_configs_md_are_those_of_the_schema():
     assert written[0].rstrip() == field_tables().rstrip(), "rewrite it: python -m tests.test_docs"
 
 
-def test_settings_of_clusters_are_those_of_the_code():
-    fields = SlurmCluster.model_fields.items()
+@pytest.mark.parametrize(
+    ("page", "heading", "cluster"),
+    [(DOCS / "slurm.md", "## Which cluster", SlurmCluster), (TPU_PAGE, "## Settings", TpuCluster)],
+)
+def test_settings_of_clusters_are_those_of_the_code(
+    page: Path, heading: str, cluster: type[SlurmCluster | TpuCluster]
+):
+    fields = cluster.model_fields.items()
     expected = [
         [name, default_of(field), (field.description or "").replace("\n", " ")] for name, field in fields
     ]
-    assert table(DOCS / "slurm.md", "## Which cluster") == [
-        [c.replace("`", "") for c in row] for row in expected
-    ]
+    assert table(page, heading) == [[c.replace("`", "") for c in row] for row in expected]
 
 
 def default_of(field: FieldInfo) -> str:
@@ -432,14 +508,39 @@ def default_of(field: FieldInfo) -> str:
     return literal(list(default) if isinstance(default, tuple) else default)
 
 
-def test_example_of_a_cluster_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    examples = [
-        c for language, c in fences((DOCS / "slurm.md").read_text(encoding="utf-8")) if language == "yaml"
-    ]
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [(DOCS / "slurm.md", {"bigcluster", "pyxis"}), (TPU_PAGE, {"pod", "behind-iap"})],
+)
+def test_example_of_a_cluster_can_be_read(
+    page: Path, names: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    examples = [c for language, c in fences(page.read_text(encoding="utf-8")) if language == "yaml"]
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "clusters.yaml").write_text("\n".join(examples))
     monkeypatch.chdir(tmp_path)
-    assert {"bigcluster", "pyxis"} <= clusters_by_name().keys()
+    found = clusters_by_name()
+    assert names <= found.keys()
+    for name in names:
+        clusters.of_cluster(name, found[name])
+
+
+def test_offer_in_tpu_md_is_the_one_of_launch(desk: Path, monkeypatch: pytest.MonkeyPatch):
+    api = tpu_api.Server()
+    monkeypatch.setenv(cloud_tpu.ENDPOINT, api.address)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(desk / ".config"))
+    page = TPU_PAGE.read_text(encoding="utf-8")
+    shown = next(s for c, s in commands(page) if c == "launch --cluster tpu-v4-32 configs/r152.yaml" and s)
+    offer = tpu.offer(_tpu_plan(), RunDirectory(desk))
+    api.close()
+    assert f"to create   {offer}" in "\n".join(shown)
+
+
+def test_roles_in_tpu_md_are_those_that_errors_name():
+    named = " ".join(row[1] for row in table(TPU_PAGE, "## What is needed once"))
+    said = [cloud_tpu.ROLE, checkpoints.ROLES, storage.ROLES, data_storage.ROLES]
+    roles = {role for words in said for role in re.findall(r"roles/[\w.]+|Storage(?: [A-Z]\w+)+", words)}
+    assert sorted(role for role in roles if role not in named) == []
 
 
 def test_commands_in_the_readme_are_those_of_launch():
