@@ -235,8 +235,9 @@ class CloudRun(Run):
         self.wait_until(reached, f"step {step} of attempt {attempt}")
 
     def checkpoint_steps(self) -> list[int]:
-        names = self.cloud.storage.contents(f"{self.prefix}checkpoints/")
-        return sorted({int(n.split("/")[-2]) for n in names if n.endswith("/commit_success.txt")})
+        below = f"{self.prefix}checkpoints/"
+        names = [n.removeprefix(below).split("/") for n in self.cloud.storage.contents(below)]
+        return sorted(int(folder) for folder, *rest in names if rest == ["commit_success.txt"])
 
     def download(self) -> None:
         """To where the others keep theirs, so that bits can be compared."""

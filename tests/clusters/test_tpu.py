@@ -184,7 +184,7 @@ def test_logs_ssh_stop_and_list_from_another_terminal(run: CloudRun, cloud: Clou
     stop = run.command("stop")
     assert stop.wait() == 0, stop.text
     assert launched.wait() == 130, launched.text
-    assert run.checkpoint_steps() == [run.result()["step"]]
+    assert run.checkpoint_steps()[-1] == run.result()["step"] > 0
     assert cloud.nothing_is_left
 
 
