@@ -30,7 +30,7 @@ from launcher.rundir import RunDirectory
 from launcher.ssh import HostError, connected, public_key
 
 REMOTE = True
-ASK_SECONDS = 30.0
+ASK_SECONDS = 5.0
 SILENT_SECONDS = 120.0
 FAILURES_OF_A_BAD_VM = 2
 
