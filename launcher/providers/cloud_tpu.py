@@ -265,7 +265,13 @@ def _gcloud_settings() -> configparser.ConfigParser:
     if not active and (file := folder / "active_config").is_file():
         active = file.read_text().strip()
     settings = configparser.ConfigParser(interpolation=None)
-    settings.read(folder / "configurations" / f"config_{active or 'default'}")
+    file = folder / "configurations" / f"config_{active or 'default'}"
+    try:
+        settings.read(file)
+    except (configparser.Error, UnicodeDecodeError) as e:
+        raise UserError(
+            f"{file}: cannot be read: {' '.join(str(e).split())}; mend it with gcloud config"
+        ) from None
     return settings
 
 

@@ -536,3 +536,10 @@ def test_another_key_is_let_in_beside_those_that_are_there(server, tpu):
     assert node_of(server)["metadata"] == {"ssh-keys": f"{mine}\n{other}"}
     assert sum(1 for method, _ in server.log if method == "PATCH") == 1
     assert server.rejected == []
+
+
+def test_settings_of_gcloud_that_cannot_be_read_are_told(tmp_path):
+    (tmp_path / "configurations").mkdir()
+    (tmp_path / "configurations" / "config_default").write_text("no section")
+    with pytest.raises(UserError, match="config_default: cannot be read"):
+        project_and_zone(None, None)
