@@ -65,6 +65,15 @@ def folder_of(place: str, home: Path) -> Path:
     return home / FOLDER / identity(place)
 
 
+def of_slices(coordinator: str, slices: int, index: int) -> dict[str, str]:
+    """What libtpu must know where there are several (https://cloud.google.com/tpu/docs/multislice-introduction)."""
+    return {
+        "MEGASCALE_COORDINATOR_ADDRESS": coordinator,
+        "MEGASCALE_NUM_SLICES": str(slices),
+        "MEGASCALE_SLICE_ID": str(index),
+    }
+
+
 class Agent:
     """The worker of one process, from its start to its end."""
 

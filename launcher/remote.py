@@ -21,7 +21,7 @@ from configs.clusters import TpuCluster
 from configs.errors import UserError
 from configs.google import UnreachableError
 from launcher import shipping
-from launcher.agent import FOLDER, identity
+from launcher.agent import FOLDER, identity, of_slices
 from launcher.backends import PREEMPTED, Exit, drain
 from launcher.plan import Plan
 from launcher.providers import Machine, Provider, Request
@@ -374,15 +374,11 @@ class RemoteGang:
         ssh.run(process, *command, text=json.dumps(order).encode())
 
     def _of_slices(self, process: int) -> dict[str, str]:
-        """What libtpu must know where there are several (https://cloud.google.com/tpu/docs/multislice-introduction)."""
         slices = self._machines[-1].slice + 1
         if slices == 1:
             return {}
-        return {
-            "MEGASCALE_COORDINATOR_ADDRESS": f"{self._machines[0].internal}:{PORT_OF_SLICES}",
-            "MEGASCALE_NUM_SLICES": str(slices),
-            "MEGASCALE_SLICE_ID": str(self._machines[process].slice),
-        }
+        coordinator = f"{self._machines[0].internal}:{PORT_OF_SLICES}"
+        return of_slices(coordinator, slices, self._machines[process].slice)
 
     # While they run
 

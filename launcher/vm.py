@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from configs.errors import UserError
-from launcher.agent import Agent, Order, folder_of
+from launcher.agent import Agent, Order, folder_of, of_slices
 from launcher.host import CALLED_OFF, REFUSED, REFUSED_WORDS
 from launcher.metadata import TpuWorker
 from launcher.place import hold_port
@@ -66,11 +66,7 @@ class Vm:
         worker = self._worker
         if worker.slices == 1 or worker.megascale_coordinator is None:
             return {}
-        return {
-            "MEGASCALE_COORDINATOR_ADDRESS": worker.megascale_coordinator,
-            "MEGASCALE_NUM_SLICES": str(worker.slices),
-            "MEGASCALE_SLICE_ID": str(worker.slice),
-        }
+        return of_slices(worker.megascale_coordinator, worker.slices, worker.slice)
 
     # Who comes leaves a word of its own; process 0 calls when all have come, and says their words, so that
     # nobody takes the call of an earlier launch for this one.

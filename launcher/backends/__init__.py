@@ -166,7 +166,7 @@ def queue_of(name: str) -> Queue:
 
 
 def remote(name: str) -> Remote:
-    return cast(Remote, importlib.import_module(BACKENDS[name]))
+    return cast(Remote, get(name))
 
 
 def ended(run: RunDirectory) -> State:
