@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 BRIDGE, NETWORK = "podlaunch0", "10.77.0"
 HERE = f"{NETWORK}.1"
 
@@ -53,6 +55,13 @@ def missing(programs: Iterable[str]) -> str | None:
         return f"its network {BRIDGE} is there already; end what raised it, or `ip link delete {BRIDGE}`"
     absent = [program for program in programs if not shutil.which(program)]
     return f"not installed: {', '.join(absent)} (make testbed)" if absent else None
+
+
+def skip_without(reason: str | None, what: str) -> None:
+    """Where a testbed cannot be raised for some `reason`. CI runs its tests."""
+    if reason:
+        assert "CI" not in os.environ, f"CI runs these tests: {reason}"
+        pytest.skip(f"no {what} testbed: {reason}")
 
 
 def make(hosts: Iterable[Host]) -> None:

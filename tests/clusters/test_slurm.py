@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters import network
 from tests.clusters import slurm as testbed
 from tests.clusters.runs import SAVE_EVERY, STEPS, Command, Run, wait_until
 from tests.clusters.slurm import Slurm
@@ -25,9 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Slurm]:
-    if reason := testbed.missing():
-        assert "CI" not in os.environ, f"CI runs these tests: {reason}"
-        pytest.skip(f"no SLURM testbed: {reason}")
+    network.skip_without(testbed.missing(), "SLURM")
     with testbed.raised() as slurm:
         yield slurm
 

@@ -11,7 +11,7 @@ import pytest
 
 import configs
 from tests.clusters import cloud as testbed
-from tests.clusters import tpu
+from tests.clusters import network, tpu
 from tests.clusters.cloud import Cloud, CloudRun
 from tests.clusters.runs import SAVE_EVERY, TINY, wait_until
 
@@ -26,9 +26,7 @@ Make = Callable[..., CloudRun]
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    if reason := tpu.missing():
-        assert "CI" not in os.environ, f"CI runs these tests: {reason}"
-        pytest.skip(f"no TPU testbed: {reason}")
+    network.skip_without(tpu.missing(), "TPU")
     with testbed.raised(tmp_path_factory.mktemp("compiled")) as cloud:
         yield cloud
 
