@@ -14,10 +14,14 @@ EXPANSION = {"basic": 1, "bottleneck": 4}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A ResNet of four stages: the kind of its blocks, and how many each stage has."""
+    """A ResNet: the kind of its blocks, and how many of them each stage has."""
 
     block: Literal["basic", "bottleneck"]
-    layers: tuple[int, int, int, int]
+    layers: tuple[int, ...]
+
+    def num_features(self, width: int) -> int:
+        """Channels that the classifier sees; `width` is that of the first stage, and each stage doubles it."""
+        return width * 2 ** (len(self.layers) - 1) * EXPANSION[self.block]
 
 
 # He et al. 2015, https://arxiv.org/abs/1512.03385, table 1.
@@ -27,6 +31,8 @@ ARCHITECTURES = {
     "resnet50": Architecture("bottleneck", (3, 4, 6, 3)),
     "resnet101": Architecture("bottleneck", (3, 4, 23, 3)),
     "resnet152": Architecture("bottleneck", (3, 8, 36, 3)),
+    # Not published: one block, for rehearsals and tests, in which ResNet-18 would mostly be compiled.
+    "resnet4": Architecture("basic", (1,)),
 }
 
 
@@ -91,7 +97,7 @@ def num_parameters(name: str, *, num_classes: int, width: int = 64, stem: str = 
         c.kernel**2 * c.in_channels * c.out_channels + 2 * c.out_channels
         for c in convolutions(name, width=width, stem=stem)
     )
-    return total + (_num_features(name, width) + 1) * num_classes
+    return total + (ARCHITECTURES[name].num_features(width) + 1) * num_classes
 
 
 def flops_per_image(name: str, *, image_size: int, num_classes: int, width: int, stem: str) -> int:
@@ -100,9 +106,4 @@ def flops_per_image(name: str, *, image_size: int, num_classes: int, width: int,
         math.ceil(image_size / c.reduction) ** 2 * c.kernel**2 * c.in_channels * c.out_channels
         for c in convolutions(name, width=width, stem=stem)
     )
-    return 2 * (multiply_adds + _num_features(name, width) * num_classes)
-
-
-def _num_features(name: str, width: int) -> int:
-    """What the classifier sees."""
-    return width * 8 * EXPANSION[ARCHITECTURES[name].block]
+    return 2 * (multiply_adds + ARCHITECTURES[name].num_features(width) * num_classes)

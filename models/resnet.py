@@ -162,7 +162,7 @@ class ResNet(nnx.Module):
             )
             for stage in blocks(architecture, width)
         )
-        features = width * 8 * EXPANSION[architecture.block]
+        features = architecture.num_features(width)
         self.classifier = nnx.Linear(
             features,
             num_classes,

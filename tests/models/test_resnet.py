@@ -28,17 +28,21 @@ def count(model: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_torchvisions_and_the_plans(name: str) -> None:
     model = nnx.eval_shape(lambda: build(name=name))
     assert count(model) == PUBLISHED[name] == num_parameters(name, num_classes=1000)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet4", "resnet18", "resnet50"])
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_the_plan_counts_what_is_built_for_any_width_and_stem(name: str, stem: str) -> None:
     model = nnx.eval_shape(lambda: build(name=name, stem=stem, width=12, num_classes=7))
     assert count(model) == num_parameters(name, stem=stem, width=12, num_classes=7)
+
+
+def test_every_published_depth_is_there() -> None:
+    assert set(ARCHITECTURES) == {*PUBLISHED, "resnet4"}
 
 
 def intermediate_shapes(size: int, **settings: object) -> list[tuple[int, ...]]:
