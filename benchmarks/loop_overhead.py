@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 from _common import print_table, random_leaves, setup, synthetic_config
+from launcher.worker import Membership, Reporter
 
 from configs.schema import RunConfig
 from launcher.rundir import RunDirectory
-from launcher.worker import Membership, Reporter
 from trainer.loop import train
 
 WARM_UP_STEPS = 10

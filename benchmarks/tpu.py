@@ -21,14 +21,14 @@ from itertools import islice
 from pathlib import Path
 
 from _common import REPOSITORY, print_table
+from launcher.agent import FOLDER, identity
+from launcher.ssh import Ssh, connected
 
 from configs.clusters import TpuCluster
 from launcher import shipping
-from launcher.agent import FOLDER, identity
 from launcher.providers import Machine
 from launcher.remote import BOOTSTRAP
 from launcher.rundir import RunDirectory
-from launcher.ssh import Ssh, connected
 from tests.clusters import cloud as clouds
 from tests.clusters import network
 from tests.clusters import tpu as slices

@@ -245,7 +245,7 @@ def files() -> list[Path]:
     return [Path("configs/clusters.yaml"), home / "podlaunch" / "clusters.yaml"]
 
 
-def named() -> dict[str, SlurmCluster | TpuCluster]:
+def named_clusters() -> dict[str, SlurmCluster | TpuCluster]:
     """All named clusters. Raises UserError with every problem of their files."""
     found: dict[str, SlurmCluster | TpuCluster] = {}
     for file in files():

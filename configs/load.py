@@ -80,7 +80,7 @@ def load_entries(path: Path, model_of: Callable[[dict[str, Any]], type[Model]]) 
     return entries
 
 
-def changed(entry: Model, settings: Sequence[str], option: str, owner: str) -> Model:
+def with_settings(entry: Model, settings: Sequence[str], option: str, owner: str) -> Model:
     """`entry`, called `owner`, with each `key=value` that the command line's `option` gives. Raises UserError."""
     values: dict[str, Any] = entry.model_dump()
     where: dict[Loc, str] = {}

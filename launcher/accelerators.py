@@ -1,46 +1,15 @@
-"""Which accelerators there are: those of this machine, found without importing jax, and the table of Cloud TPUs."""
+"""The table of Cloud TPUs: generations, sizes, topologies, and the environment of several slices."""
 
-import importlib.util
 import math
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from configs.errors import UserError
 from configs.load import nearest
 
 CHIPS_PER_VM = 4
-"""Of a slice with more than one VM, whatever its generation."""
-
-
-def num_nvidia_gpus(dev: Path = Path("/dev")) -> int:
-    """NVIDIA GPUs that a process started here may use: device files, less what CUDA_VISIBLE_DEVICES hides."""
-    present = sum(1 for p in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    count = 0
-    for device in map(str.strip, visible.split(",")):
-        if not (device.startswith(("GPU-", "MIG-")) or (device.isdecimal() and int(device) < present)):
-            break  # as CUDA: an id that is none hides itself and all behind it
-        count += 1
-    return count
-
-
-def tpu_chips(dev: Path = Path("/dev")) -> list[Path]:
-    """Device files of the TPU chips of this machine, older ones and newer ones."""
-    files = [*dev.glob("accel*"), *dev.glob("vfio/*")]
-    return sorted(file for file in files if re.fullmatch(r"accel\d+|vfio/\d+", str(file.relative_to(dev))))
-
-
-def has_cuda_plugin() -> bool:
-    """Whether jax here was installed with CUDA support."""
-    return any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
-
-
-# Cloud TPU
+"""Chips of each VM of a slice that has more than one VM, in every generation."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +20,22 @@ class Generation:
     type_prefix: str
     """What the API's accelerator types begin with."""
     api_type: str
-    """Its AcceleratorConfig.Type."""
+    """The API's AcceleratorConfig.Type."""
     counts: Literal["cores", "chips"]
     """What the size in a type's name counts; a chip has two cores, whatever JAX makes of them."""
     devices_per_chip: int
     hbm_gib: int
-    """Of a chip, as what follows."""
+    """Memory of a chip, in GiB."""
     hbm_gb_per_second: int
+    """Memory bandwidth of a chip, in GB/s."""
     bf16_tflops: int
+    """Peak of a chip in bfloat16, in TFLOP/s."""
     runtime: str
-    """Software version of a VM."""
+    """Software version that VMs of this generation are created with."""
     sizes: dict[int, str]
     """Valid sizes, ascending, and the topology of each."""
     most_chips_per_vm: int = CHIPS_PER_VM
-    """Of a slice that is one VM."""
+    """Chips of the largest slice that is one VM."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +44,7 @@ class TpuSlice:
 
     generation: Generation
     accelerator_type: str
-    """The API's name of it."""
+    """Name of the slice's kind in the API, such as v4-32."""
     topology: str
     chips: int
     vms: int
@@ -110,11 +81,12 @@ GENERATIONS = {
 }
 
 
-def tpu(text: str) -> tuple[TpuSlice, int]:
-    """The slice that `text` names, what follows `tpu-` in a cluster's name, and how many of it. Raises UserError.
+def parse_tpu(text: str) -> tuple[TpuSlice, int]:
+    """The slice that `text` names, and the number of slices. Raises UserError with the nearest sizes.
 
-    It is GENERATION-SHAPE or GENERATION-SHAPExSLICES. A shape is a size, as in `v4-32`, or a topology, as in
-    `v4-2x2x4`. What can be read as a topology is one: `v5e-4x8` is 32 chips, `v5e-64x2` is two slices.
+    `text` is what follows `tpu-` in the name of a cluster: GENERATION-SHAPE or GENERATION-SHAPExSLICES, where a
+    shape is a size, as in `v4-32`, or a topology, as in `v4-2x2x4`. A text that can be read as a topology is
+    one: `v5e-4x8` is 32 chips, `v5e-64x2` is two slices.
     """
     name, _, shape = text.partition("-")
     generation = _generation(name, text)
@@ -129,6 +101,7 @@ def tpu(text: str) -> tuple[TpuSlice, int]:
 
 
 def tpu_slice(generation: Generation, size: int) -> TpuSlice:
+    """The slice of a `generation` whose accelerator type ends in `size`."""
     topology = generation.sizes[size]
     chips = _chips(topology)
     chips_per_vm = chips if chips <= generation.most_chips_per_vm else CHIPS_PER_VM
@@ -172,3 +145,15 @@ def _nearest_sizes(generation: Generation, shape: str) -> str:
         wanted, known = math.prod(numbers[:dims]), {_chips(t): t for t in generation.sizes.values()}
     below, above = [n for n in known if n <= wanted], [n for n in known if n > wanted]
     return ", ".join(f"tpu-{generation.name}-{known[n]}" for n in [*below[-1:], *above[:1]])
+
+
+def megascale_environment(coordinator: str, slices: int, index: int) -> dict[str, str]:
+    """The variables by which libtpu connects `slices` slices, on a VM of slice `index`.
+
+    `coordinator` is the address of the first VM (https://cloud.google.com/tpu/docs/multislice-introduction).
+    """
+    return {
+        "MEGASCALE_COORDINATOR_ADDRESS": coordinator,
+        "MEGASCALE_NUM_SLICES": str(slices),
+        "MEGASCALE_SLICE_ID": str(index),
+    }

@@ -1,22 +1,23 @@
-"""A cluster name becomes a ClusterSpec: where a run's processes go, and what devices each has.
+"""The name of a cluster becomes a ClusterSpec: where a run's processes go, and what devices each has.
 
-Joining what is there already (a SLURM allocation) is decided in `default`.
+Without a name, `default_cluster` decides, for instance for the SLURM allocation in which `launch` is typed.
 """
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from configs.clusters import SlurmCluster, TpuCluster, files, named
+from configs.clusters import SlurmCluster, TpuCluster, files, named_clusters
 from configs.errors import UserError
-from configs.load import changed, nearest
-from launcher import accelerators
-from launcher.metadata import TpuWorker
-from launcher.place import Place
+from configs.load import nearest, with_settings
+from launcher.accelerators import parse_tpu
+from launcher.machine.devices import has_cuda_plugin, num_nvidia_gpus
+from launcher.machine.metadata import TpuWorker
+from launcher.machine.slurm import SlurmTask
+from launcher.plan import ClusterSpec
 
 KINDS = {
     "local": "one process here, with every GPU of this machine, or one CPU device",
@@ -30,38 +31,25 @@ WITHOUT_ACCELERATOR = "local-2x2"
 MOST_LOCAL_DEVICES = 256
 
 
-@dataclass(frozen=True)
-class ClusterSpec:
-    name: str
-    backend: str
-    """Which file of launcher/backends/ starts it."""
-    platform: str
-    """jax platform of its devices: cpu, gpu or tpu."""
-    hosts: int
-    processes: int
-    devices_per_process: int
-    submission: SlurmCluster | TpuCluster | None = None
-    """What the scheduler or the cloud is asked for; None where the processes are started from here."""
-
-
-def default() -> ClusterSpec:
-    """What `launch` means without --cluster: this SLURM allocation, all accelerators here, or two CPU processes."""
-    if "SLURM_JOB_NUM_NODES" in os.environ:  # SLURM_JOB_ID alone is also set for logins to a node
-        return _allocation(os.environ)
-    return resolve("local" if accelerators.num_nvidia_gpus() else WITHOUT_ACCELERATOR)
+def default_cluster() -> ClusterSpec:
+    """The cluster without --cluster: this SLURM allocation, all GPUs of this machine, or two CPU processes."""
+    # SLURM_JOB_ID alone is not enough: SLURM sets it for an ssh login to a node, too.
+    if "SLURM_JOB_NUM_NODES" in os.environ:
+        return _from_allocation(os.environ)
+    return resolve("local" if num_nvidia_gpus() else WITHOUT_ACCELERATOR)
 
 
 def resolve(name: str, sbatch: tuple[str, ...] = (), settings: tuple[str, ...] = ()) -> ClusterSpec:
-    """The cluster called `name`, with further `key=value` settings of it, and `option=value` of sbatch over those.
+    """The cluster called `name`, with its settings overridden by `key=value` and by sbatch's `option=value`.
 
     Raises UserError, with the nearest name.
     """
     spec = _local(name)
     if spec is None:
-        cluster = changed(_cluster(name), settings, "--set", name)
+        cluster = with_settings(_cluster(name), settings, "--set", name)
         if isinstance(cluster, SlurmCluster):
-            return slurm(name, _with_options(cluster, sbatch))
-        spec = tpu(name, cluster)
+            return slurm_spec(name, _with_options(cluster, sbatch))
+        spec = tpu_spec(name, cluster)
     elif settings:
         raise UserError(f"--set {settings[0]}: cluster {name} has no settings; see `launch clusters`")
     if sbatch:
@@ -69,8 +57,9 @@ def resolve(name: str, sbatch: tuple[str, ...] = (), settings: tuple[str, ...] =
     return spec
 
 
-def of_cluster(name: str, cluster: SlurmCluster | TpuCluster) -> ClusterSpec:
-    return slurm(name, cluster) if isinstance(cluster, SlurmCluster) else tpu(name, cluster)
+def from_settings(name: str, cluster: SlurmCluster | TpuCluster) -> ClusterSpec:
+    """The named cluster of clusters.yaml."""
+    return slurm_spec(name, cluster) if isinstance(cluster, SlurmCluster) else tpu_spec(name, cluster)
 
 
 def _local(name: str) -> ClusterSpec | None:
@@ -93,7 +82,7 @@ def _cluster(name: str) -> SlurmCluster | TpuCluster:
         if not nodes:
             raise UserError(f"cluster = {name}: 0 nodes; allowed: at least 1")
         return SlurmCluster(nodes=nodes, gpus_per_node=gpus)
-    found = named()
+    found = named_clusters()
     if name in found:
         return found[name]
     if match := re.fullmatch(r"tpu-([A-Za-z0-9-]+)", name):
@@ -105,8 +94,8 @@ def _cluster(name: str) -> SlurmCluster | TpuCluster:
     )
 
 
-def slurm(name: str, cluster: SlurmCluster, *, submit: bool = True) -> ClusterSpec:
-    """Its processes and devices, to be submitted or already here."""
+def slurm_spec(name: str, cluster: SlurmCluster, *, submit: bool = True) -> ClusterSpec:
+    """Processes and devices of a SLURM cluster; `submit`: in a job that is yet to be submitted."""
     tasks = cluster.tasks_per_node
     return ClusterSpec(
         name,
@@ -119,9 +108,9 @@ def slurm(name: str, cluster: SlurmCluster, *, submit: bool = True) -> ClusterSp
     )
 
 
-def tpu(name: str, cluster: TpuCluster) -> ClusterSpec:
-    """A process on each VM of its slices. On CPU there are as many devices."""
-    one, num_slices = accelerators.tpu(cluster.accelerator)
+def tpu_spec(name: str, cluster: TpuCluster) -> ClusterSpec:
+    """One process on each VM of the slices; on the CPU platform it has as many devices as chips give."""
+    one, num_slices = parse_tpu(cluster.accelerator)
     hosts = one.vms * num_slices
     return ClusterSpec(name, "tpu", cluster.platform, hosts, hosts, one.devices_per_vm, cluster)
 
@@ -143,7 +132,7 @@ def _with_options(cluster: SlurmCluster, options: tuple[str, ...]) -> SlurmClust
         ) from None
 
 
-def _allocation(environment: Mapping[str, str]) -> ClusterSpec:
+def _from_allocation(environment: Mapping[str, str]) -> ClusterSpec:
     """The SLURM job in which `launch` was typed: all its nodes and GPUs."""
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError(
@@ -159,19 +148,19 @@ def _allocation(environment: Mapping[str, str]) -> ClusterSpec:
     tasks = environment.get("SLURM_NTASKS_PER_NODE")
     per_gpu = num_gpus > 1 and tasks == str(num_gpus)
     cluster = SlurmCluster(nodes=nodes, gpus_per_node=num_gpus, process_per="gpu" if per_gpu else "node")
-    return slurm(f"slurm-{nodes}x{num_gpus}", cluster, submit=False)
+    return slurm_spec(f"slurm-{nodes}x{num_gpus}", cluster, submit=False)
 
 
-def of_step(place: Place) -> ClusterSpec:
+def from_slurm_task(place: SlurmTask) -> ClusterSpec:
     """The tasks of the SLURM step in which `launch worker` was started."""
     gpus, tasks = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)), place.processes_per_node
     name, platform = f"slurm-{len(place.nodes)}x{gpus}", "gpu" if gpus else "cpu"
     return ClusterSpec(name, "slurm", platform, len(place.nodes), place.processes, (gpus // tasks) or 1)
 
 
-def of_vm(worker: TpuWorker) -> ClusterSpec:
+def from_tpu_worker(worker: TpuWorker) -> ClusterSpec:
     """The TPU slices on whose VMs `launch worker` was started."""
-    one, _ = accelerators.tpu(worker.accelerator_type)
+    one, _ = parse_tpu(worker.accelerator_type)
     if len(worker.addresses) != one.vms:
         raise UserError(
             f"{worker.accelerator_type} has {one.vms} VMs, and the metadata server tells of {len(worker.addresses)}"
@@ -183,8 +172,8 @@ def of_vm(worker: TpuWorker) -> ClusterSpec:
 
 
 def _this_machine() -> ClusterSpec:
-    gpus = accelerators.num_nvidia_gpus()
-    if gpus and not accelerators.has_cuda_plugin():
+    gpus = num_nvidia_gpus()
+    if gpus and not has_cuda_plugin():
         raise UserError(
             f"cluster = local: this machine has {gpus} NVIDIA GPUs, but jax is installed without CUDA: "
             f"pip install 'podlaunch[cuda12]', or train on the CPU with --cluster {WITHOUT_ACCELERATOR}"

@@ -18,7 +18,7 @@ from launcher.accelerators import GENERATIONS, TpuSlice
 Prices = Mapping[str, Mapping[str, float]]
 """USD a chip-hour, by generation and provisioning."""
 PROVISIONING = ("on-demand", "spot", "reserved")
-# Forward, and twice as much on the way back.
+# The backward pass takes twice the FLOPs of the forward pass.
 TRAINING_PASSES = 3
 # Measured on compiled train steps of ResNet-50 and ResNet-152 at 224 pixels in bfloat16.
 BYTES_PER_FLOP = 0.015
@@ -28,11 +28,11 @@ BYTES_PER_FLOP = 0.015
 class Estimate:
     chips: int
     chip_hours: float
-    """Of the whole run, at the least."""
+    """Lower bound for the whole run."""
     usd_per_hour: float | None
-    """None where no price is known, as below."""
+    """None where no price is known."""
     usd: float | None
-    """For the whole run, at the least."""
+    """Lower bound for the whole run; None where no price is known."""
 
 
 def estimate(
@@ -46,7 +46,10 @@ def estimate(
     provisioning: str,
     prices: Prices,
 ) -> Estimate:
-    """At best: every chip computes at its peak or reads its memory at full bandwidth, and nothing else takes time."""
+    """A lower bound by the roofline: every chip computes at its peak, or reads its memory at full bandwidth.
+
+    See Williams et al., "Roofline", 2009.
+    """
     forward = flops_per_image(
         model.name,
         image_size=image_size,
@@ -81,8 +84,8 @@ def describe(estimate: Estimate) -> str:
     )
 
 
-def spent(chips: int, generation: str, provisioning: str, hours: float, prices: Prices) -> str:
-    """What chips have cost in the hours that they were there, in words."""
+def cost_so_far(chips: int, generation: str, provisioning: str, hours: float, prices: Prices) -> str:
+    """Chip-hours and cost of chips that have existed for `hours`, as a phrase."""
     price = prices.get(generation, {}).get(provisioning)
     usd = "" if price is None else f", ${price * chips * hours:,.2f}"
     return f"{hours:.1f} h, {chips * hours:,.1f} chip-hours{usd}"
@@ -94,7 +97,7 @@ def files() -> list[Path]:
     return [home / "podlaunch" / "prices.yaml", Path(configs.__file__).with_name("prices.yaml")]
 
 
-def known_prices() -> Prices:
+def load_prices() -> Prices:
     """All prices. Raises UserError with what is wrong in their files."""
     found: dict[str, dict[str, float]] = {}
     for file in reversed(files()):

@@ -10,15 +10,30 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.architectures import num_parameters
-from configs.clusters import SlurmCluster, seconds
+from configs.clusters import SlurmCluster, TpuCluster, seconds
 from configs.errors import UserError
 from configs.schema import MeshConfig, RunConfig, num_examples
-from launcher.clusters import ClusterSpec
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """What a plan needs to know of a cluster: where the processes run, and what devices each has."""
+
+    name: str
+    backend: str
+    """File of launcher/backends/ that starts the processes."""
+    platform: str
+    """jax platform of the devices: cpu, gpu or tpu."""
+    hosts: int
+    processes: int
+    devices_per_process: int
+    submission: SlurmCluster | TpuCluster | None = None
+    """What the scheduler or the cloud is asked for; None where the processes are started from this machine."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, resolved. Serialises to plan.json."""
+    """One run, resolved. plan.json is its serialised form."""
 
     name: str
     run_directory: str
@@ -28,13 +43,13 @@ class Plan:
     hosts: int
     processes: int
     devices: int
-    """In all."""
+    """Devices of all processes together."""
     devices_per_process: int
     mesh: dict[str, int]
     """Devices along `batch` and `model`."""
     global_batch: int
     per_device_batch: int
-    """Images a step on each device of the batch axis."""
+    """Images that each device of the batch axis gets at a step."""
     steps: int
     steps_per_epoch: float
     epochs: float
@@ -45,7 +60,7 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Commit, dirty flag and digest of the code, versions of the packages."""
     submission: dict[str, Any] | None = None
-    """The SlurmCluster or TpuCluster that is asked for; None where the processes are started on what is there."""
+    """Settings of the SlurmCluster or TpuCluster that is asked for; None where the processes are started from here."""
     max_restarts: int = 3
 
     def to_json(self) -> str:
@@ -53,7 +68,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises ValueError or TypeError where `text` is no plan of this version."""
+        """The plan that `text` serialises. Raises ValueError or TypeError where `text` is no plan of this version."""
         return cls(**json.loads(text))
 
     def run_config(self) -> RunConfig:
@@ -214,7 +229,7 @@ def _batch_problems(config: RunConfig, mesh: dict[str, int]) -> list[str]:
     return []
 
 
-# What may differ when a run goes on: where it runs, how often it saves and logs, how long it trains.
+# Settings that may differ when a run is resumed: where the run runs, how often it saves and logs, how long it trains.
 _FREE = {
     "mesh": None,
     "checkpoint": None,
@@ -233,10 +248,11 @@ _FREE = {
 
 
 def differences(old: Plan, new: Plan) -> list[str]:
-    """Settings of `new` under which the checkpoints of `old` cannot go on, as `key: old, now new`."""
+    """Settings of `new` that keep it from resuming the checkpoints of `old`, as `key: old, now new`."""
     found = []
-    known = old.run_config().model_dump(mode="json")  # with today's defaults for settings it did not know
-    # Data may move: the checkpoint has the digest of its contents.
+    # Settings that the old plan did not have yet get today's defaults.
+    known = old.run_config().model_dump(mode="json")
+    # Data may move to another path: the checkpoint records the digest of the contents.
     known, config = (_without_paths(c) for c in (known, new.config))
     for section, values in config.items():
         free = _FREE.get(section, set())

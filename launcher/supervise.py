@@ -1,8 +1,8 @@
 """Attempts: start, watch, verdict, again or not. One file for all backends.
 
-A verdict is one of completed, stopped (by the user), preempted (by SIGTERM, or to go on elsewhere) and
-failed. A failure is tried again from the last checkpoint, unless it is the user's to mend (exit code 2)
-or certain to happen again.
+A verdict is one of completed, stopped (by the user), preempted (by SIGTERM, or to go on elsewhere) and failed.
+A failure is retried from the last checkpoint, unless the user has to mend it (exit code 2) or it is certain to
+happen again.
 """
 
 import signal
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.backends import PREEMPTED, Exit, Gang, Starter
+from launcher.gang import PREEMPTED, Executor, Exit, Gang
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
@@ -21,21 +21,21 @@ EXIT_DONE, EXIT_USER_ERROR, EXIT_SAVED, EXIT_STOPPED = 0, 2, 75, 130
 EXIT_CODES = {"completed": EXIT_DONE, "preempted": EXIT_SAVED, "stopped": EXIT_STOPPED, "failed": 1}
 POLL_SECONDS = 0.1
 TAIL_LINES = 12
-# jax aborts the processes whose peer is gone: the peer's own word may come a moment later.
+# jax aborts the processes whose peer is gone. The exit of the peer itself may be seen a moment later.
 CONSEQUENCE = -signal.SIGABRT
 CAUSE_SECONDS = 2.0
-# Allocations in a row that ended before a checkpoint: another would, too.
-FRUITLESS = 3
+# After so many allocations in a row that ended before a checkpoint, another one would end the same way.
+MOST_FRUITLESS = 3
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first thing that went wrong in an attempt."""
+    """The first failure of an attempt."""
 
     process: int
     host: str
     cause: str
-    """`exit code N`, the signal's name, or the backend's word: `lost`, `not started`, `srun failed`."""
+    """`exit code N`, the signal's name, or what the backend says: `lost`, `not started`, `srun failed`."""
     error: str
     """Last line of the traceback, or of the log."""
     step: int | None
@@ -45,119 +45,127 @@ class Failure:
 
 
 @dataclass
-class Wishes:
-    """What the user or the system asks of a running launcher; set by signal handlers."""
+class StopRequest:
+    """What the user or the system asks of a running launcher; set by its signal handlers."""
 
-    outlived: bool = False
-    """The processes live on without the launcher: SIGTERM and SIGHUP mean it alone."""
-    leave: bool = False
-    stop: str | None = None
+    workers_outlive: bool = False
+    """The workers outlive their launcher, so SIGTERM and SIGHUP end the launcher alone."""
+    detach: bool = False
+    verdict: str | None = None
     """`stopped` (Ctrl-C) or `preempted` (SIGTERM)."""
-    now: bool = False
-    """Ctrl-C again: do not wait for the save."""
+    at_once: bool = False
+    """Ctrl-C was pressed again: do not wait for the save."""
 
-    def interrupted(self, signum: int, frame: Any) -> None:
-        if self.outlived and signum != signal.SIGINT:
-            self.leave = True
+    def on_signal(self, signum: int, frame: Any) -> None:
+        if self.workers_outlive and signum != signal.SIGINT:
+            self.detach = True
             return
-        self.now = self.now or (self.stop is not None and signum == signal.SIGINT)
-        self.stop = self.stop or ("stopped" if signum == signal.SIGINT else "preempted")
+        self.at_once = self.at_once or (self.verdict is not None and signum == signal.SIGINT)
+        self.verdict = self.verdict or ("stopped" if signum == signal.SIGINT else "preempted")
 
 
-Watch = Callable[[int, dict[str, Any]], None]
-"""Called some times a second with the attempt's number and the newest report of process 0."""
+OnProgress = Callable[[int, dict[str, Any]], None]
+"""Called several times a second with the attempt's number and the newest report of process 0."""
 
 
 def supervise(
-    plan: Plan, run: RunDirectory, backend: Starter, *, wishes: Wishes, watch: Watch,
+    plan: Plan, run: RunDirectory, executor: Executor, *, stop_request: StopRequest, on_progress: OnProgress,
     announce: Callable[[str], None],
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Run attempts until a final verdict; returns what it wrote to result.json, None where it left them to another
-    launcher."""
+    """Run attempts until a final verdict; the result, which is also written to result.json.
+
+    Returns None, and writes nothing, where the run is left to another launcher.
+    """
     begun = time.time()
     number, from_step = _unfinished(run), 0
-    gang = backend.adopt(plan, run, number) if number else None
+    gang = executor.adopt(plan, run, number) if number else None
     if number and gang is None:
-        _account_for_lost(run, number)
-    where = {"cluster": plan.cluster, "mesh": plan.mesh} | backend.ledger()
-    restarts = sum(1 for a in run.attempts_of_launch() if a["verdict"] == "failed")
-    if gang is None and run.stop_requested():  # before it could begin
+        _record_lost_attempt(run, number)
+    info = {"cluster": plan.cluster, "mesh": plan.mesh} | executor.job_info()
+    restarts = sum(1 for a in run.attempts.of_launch() if a["verdict"] == "failed")
+    if gang is None and run.stop_requested():  # the user stopped the run while it was queued
         return write_result(plan, run, "stopped")
     while True:
         if gang is None:
             from_step = (run.checkpoint_steps() or [0])[-1]
-            number = run.begin_attempt(where)
-            gang = backend.start(plan, run, number)
-        verdict, failure = _attempt(plan, run, gang, number, wishes, watch)
-        if verdict is None or run.is_lost(look=True):
+            number = run.attempts.begin(info)
+            gang = executor.start(plan, run, number)
+        verdict, failure = _watch(plan, run, gang, number, stop_request, on_progress)
+        if verdict is None or run.is_lost(refresh=True):
             return None
         gang = None
         run.refresh()
-        attempt = _ledger_line(run, number, time.time(), from_step, verdict, failure)
-        run.add_attempt(attempt)
-        if wishes.stop or verdict in ("completed", "stopped"):
+        attempt = _attempt_record(run, number, time.time(), from_step, verdict, failure)
+        run.attempts.append(attempt)
+        if stop_request.verdict or verdict in ("completed", "stopped"):
             break
-        if verdict == "preempted" and (not backend.REMOTE or _is_fruitless(run.attempts_of_launch())):
+        if verdict == "preempted" and (not executor.REMOTE or _is_fruitless(run.attempts.of_launch())):
             break
         if verdict == "failed":
             assert failure is not None
             if not failure.retryable or restarts >= plan.max_restarts:
                 break
             restarts += 1
-            if not backend.can_restart(plan, run):
-                announce(f"{describe(failure)}\nnot again on these hosts; the run is to go on elsewhere")
+            if not executor.can_restart(plan, run):
+                announce(
+                    f"{describe_failure(failure)}\nnot again on these hosts; the run is to go on elsewhere"
+                )
                 verdict = "preempted"
                 break
         again = f" (restart {restarts} of {plan.max_restarts})" if verdict == "failed" else ""
         announce(
-            f"{describe(failure) if failure else 'the hosts are taken away'}\n"
+            f"{describe_failure(failure) if failure else 'the hosts are taken away'}\n"
             f"attempt {number + 1} from step {attempt['kept_step']}{again}"
         )
-    if verdict == "preempted" and _is_fruitless(run.attempts_of_launch()):
+    if verdict == "preempted" and _is_fruitless(run.attempts.of_launch()):
         announce(
-            f"{FRUITLESS} attempts in a row were ended before a checkpoint: give the run more time, or save more often"
+            f"{MOST_FRUITLESS} attempts in a row were ended before a checkpoint: give the run more time, or save more often"
         )
         verdict = "failed"
     return write_result(plan, run, verdict, failure, time.time() - begun)
 
 
 def exit_code(result: dict[str, Any]) -> int:
-    """With which `launch` ends."""
+    """The exit code of `launch` for a result."""
     failure = result["failure"]
     is_users = result["status"] == "failed" and failure is not None and failure["cause"] == "exit code 2"
     return EXIT_USER_ERROR if is_users else EXIT_CODES[result["status"]]
 
 
 def _is_fruitless(attempts: list[dict[str, Any]]) -> bool:
-    last = attempts[-FRUITLESS:]
-    return len(last) == FRUITLESS and all(
+    last = attempts[-MOST_FRUITLESS:]
+    return len(last) == MOST_FRUITLESS and all(
         a["verdict"] == "preempted" and a["kept_step"] <= a["from_step"] for a in last
     )
 
 
-def describe(failure: Failure | dict[str, Any]) -> str:
-    """One line: which process, where, how, why."""
+def describe_failure(failure: Failure | dict[str, Any]) -> str:
+    """One line: which process failed, where, how, why."""
     f = asdict(failure) if isinstance(failure, Failure) else failure
     at = "" if f["step"] is None else f" at step {f['step']}"
     return f"process {f['process']} on {f['host']} failed{at} ({f['cause']}): {f['error']}"
 
 
-def _attempt(
-    plan: Plan, run: RunDirectory, gang: Gang, number: int, wishes: Wishes, watch: Watch
+def _watch(
+    plan: Plan, run: RunDirectory, gang: Gang, number: int, stop_request: StopRequest, on_progress: OnProgress
 ) -> tuple[str | None, Failure | None]:
-    """Watch one gang to its end; nothing of it is left when this returns, but for a verdict of None."""
+    """Watch one gang to its end, after which none of its processes runs.
+
+    The verdict is None where the gang was left to another launcher; then its processes go on.
+    """
     running = set(range(plan.processes))
     codes: list[int] = []
     first: Exit | None = None
     cause_until = 0.0
-    asked = killed = left = False
+    asked = killed = detached = False
     try:
         while running:
-            if left := wishes.leave or run.is_lost():
-                gang.leave()
+            if detached := stop_request.detach or run.is_lost():
+                gang.detach()
                 return None, None
             exits = gang.poll(POLL_SECONDS)
-            running -= {ended.process for ended in exits}  # all of them, before the first may end the attempt
+            # All exits of this poll are counted before the first may end the attempt.
+            running -= {ended.process for ended in exits}
             for ended in exits:
                 codes.append(ended.code)
                 if ended.code == -signal.SIGTERM:
@@ -171,55 +179,55 @@ def _attempt(
                 gang.kill()
                 verdict = PREEMPTED if first.cause == PREEMPTED else "failed"
                 return verdict, _failure(run, number, first)
-            if run.stop_requested() and wishes.stop is None:
-                wishes.stop = "stopped"
-            if wishes.stop and not asked:
+            if run.stop_requested() and stop_request.verdict is None:
+                stop_request.verdict = "stopped"
+            if stop_request.verdict and not asked:
                 asked = True
-                gang.ask_to_stop()
-            if killed := killed or wishes.now:
+                gang.request_stop()
+            if killed := killed or stop_request.at_once:
                 gang.kill()
-            watch(number, run.report(0))
+            on_progress(number, run.hosts.report(0))
     except BaseException:
-        if left := wishes.outlived:
-            gang.leave()  # what fails is this launcher
+        if detached := stop_request.workers_outlive:
+            gang.detach()  # it is this launcher that fails, not the run
         raise
     finally:
-        if not left:
+        if not detached:
             gang.kill()
-        while running and not left:
+        while running and not detached:
             running -= {ended.process for ended in gang.poll(POLL_SECONDS)}
     if all(code == EXIT_DONE for code in codes):
         return "completed", None
-    return "stopped" if wishes.stop == "stopped" else gang.stopped_by(), None
+    return "stopped" if stop_request.verdict == "stopped" else gang.stopped_by(), None
 
 
 def _failure(run: RunDirectory, number: int, ended: Exit) -> Failure:
-    report = run.report(ended.process)
-    told = report.get("failure") or {}
-    lines = told["traceback"] if "traceback" in told else _tail(run, number, ended.process)
+    report = run.hosts.report(ended.process)
+    reported = report.get("failure") or {}
+    lines = reported["traceback"] if "traceback" in reported else _tail(run, number, ended.process)
     code = ended.code
     return Failure(
         process=ended.process,
         host=ended.host or report.get("host", socket.gethostname()),
         cause=ended.cause or (f"exit code {code}" if code >= 0 else _signal_name(-code)),
-        error=ended.error or told.get("error") or (lines[-1] if lines else "its log is empty"),
-        step=told.get("step") or report.get("step"),
+        error=ended.error or reported.get("error") or (lines[-1] if lines else "its log is empty"),
+        step=reported.get("step") or report.get("step"),
         lines=lines[-TAIL_LINES:],
-        retryable=code != EXIT_USER_ERROR and told.get("retryable", True),
+        retryable=code != EXIT_USER_ERROR and reported.get("retryable", True),
     )
 
 
 def _signal_name(number: int) -> str:
-    # Real-time signals have no name each.
+    # Real-time signals have no names of their own.
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _tail(run: RunDirectory, attempt: int, process: int) -> list[str]:
-    text = run.read_log(attempt, process).decode(errors="replace")
+    text = run.hosts.read_log(attempt, process).decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
 
 
-def _ledger_line(
+def _attempt_record(
     run: RunDirectory,
     number: int,
     ended: float,
@@ -227,52 +235,53 @@ def _ledger_line(
     verdict: str,
     failure: Failure | None,
 ) -> dict[str, Any]:
-    report = run.report(0)
-    # A damaged checkpoint may have sent it further back than the launcher knew.
+    report = run.hosts.report(0)
+    # A damaged checkpoint may have sent the workers further back than the launcher knew.
     from_step = report.get("start", from_step)
     reached = report.get("step", from_step)
     kept = (run.checkpoint_steps() or [0])[-1]
-    where = run.where(number)
-    started = where.pop("begun", report.get("begun", ended))
+    info = run.attempts.info(number)
+    started = info.pop("begun", report.get("begun", ended))
+    processes = range(report.get("processes", 1))
     return {
         "attempt": number,
         "started": _iso(started),
         "ended": _iso(ended),
         "wall_seconds": round(ended - started, 3),
         "verdict": verdict,
-        "hosts": sorted({run.report(p).get("host", "") for p in range(report.get("processes", 1))} - {""}),
+        "hosts": sorted({run.hosts.report(p).get("host", "") for p in processes} - {""}),
         "from_step": from_step,
         "reached_step": reached,
         "kept_step": kept,
         "steps_lost": max(reached - kept, 0),
         "seconds": report.get("seconds", {}),
         "failure": asdict(failure) if failure else None,
-        **where,
+        **info,
     }
 
 
 def _unfinished(run: RunDirectory) -> int:
-    """Number of the attempt that a lost launcher left without a line in the ledger; 0 where there is none."""
-    known, number = run.attempts(), run.last_attempt()
+    """Number of the attempt that a lost launcher has left without a record; 0 where there is none."""
+    known, number = run.attempts.all(), run.attempts.last()
     return number if number > (known[-1]["attempt"] if known else 0) else 0
 
 
-def _account_for_lost(run: RunDirectory, number: int) -> None:
-    """Write the line that is missing, from what the hosts said."""
-    known = run.attempts()
+def _record_lost_attempt(run: RunDirectory, number: int) -> None:
+    """Write the missing record of an attempt, from what its hosts reported."""
+    known = run.attempts.all()
     before = known[-1]["kept_step"] if known else 0
-    started = run.where(number).get("begun", time.time())
-    ended = max(started, run.report(0).get("time", started))
-    run.add_attempt(_ledger_line(run, number, ended, before, "launcher lost", None))
+    started = run.attempts.info(number).get("begun", time.time())
+    ended = max(started, run.hosts.report(0).get("time", started))
+    run.attempts.append(_attempt_record(run, number, ended, before, "launcher lost", None))
 
 
 def write_result(
     plan: Plan, run: RunDirectory, verdict: str, failure: Failure | None = None, wall_seconds: float = 0.0
 ) -> dict[str, Any]:
-    """result.json, from what attempts and reports say."""
-    report = run.report(0)
+    """Write result.json, from the records of the attempts and the reports; returns its content."""
+    report = run.hosts.report(0)
     outcome = report.get("outcome") or {}
-    attempts = run.attempts()
+    attempts = run.attempts.all()
     step = outcome.get("step", attempts[-1]["kept_step"] if attempts else 0)
     result = {
         "status": verdict,

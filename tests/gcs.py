@@ -73,7 +73,7 @@ class Fault:
     """Only ranges that begin at or after the first and before the second byte."""
     status: int = 503
     at: float = 0.5
-    """Place in the body, as a share of it."""
+    """SlurmTask in the body, as a share of it."""
     seconds: float = 60.0
     after: int = 0
     """Matching requests that go through first."""

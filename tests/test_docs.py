@@ -33,8 +33,8 @@ from configs.clusters import SlurmCluster, TpuCluster
 from configs.clusters import named as clusters_by_name
 from configs.schema import json_schema
 from launcher import clusters, storage, supervise
-from launcher.backends import Exit, tpu
-from launcher.cli import main
+from launcher.commands.main import main
+from launcher.gang import Exit, tpu
 from launcher.plan import _FREE, Plan
 from launcher.providers import cloud_tpu
 from launcher.rundir import RunDirectory
@@ -324,17 +324,17 @@ def cloud(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def _tpu_plan() -> Plan:
     arguments = ["--cluster", "tpu-v4-32", "configs/r152.yaml", "--root", "gs://my-bucket/runs"]
     planned = CliRunner().invoke(main, ["plan", *arguments, "--json"])
-    return tpu.settle(Plan.from_json(planned.stdout))
+    return tpu.resolve(Plan.from_json(planned.stdout))
 
 
 def _finished_run(plan: Plan) -> RunDirectory:
     run = RunDirectory(plan.run_directory)
-    run.create(plan)
-    number = run.begin_attempt({})
+    run.write_plan(plan)
+    number = run.attempts.begin({})
     for process in range(plan.processes):
-        run.write_log(number, process, f"[Gloo] Rank {process} is connected to 1 peer ranks.\n")
-    run.write_report(0, FINISHED["report"])
-    run.add_attempt(FINISHED["attempt"])
+        run.hosts.write_log(number, process, f"[Gloo] Rank {process} is connected to 1 peer ranks.\n")
+    run.hosts.write_report(0, FINISHED["report"])
+    run.attempts.append(FINISHED["attempt"])
     run.write_result(FINISHED["result"])
     return run
 
@@ -522,7 +522,7 @@ def test_example_of_a_cluster_can_be_read(
     found = clusters_by_name()
     assert names <= found.keys()
     for name in names:
-        clusters.of_cluster(name, found[name])
+        clusters.from_settings(name, found[name])
 
 
 def test_offer_in_tpu_md_is_the_one_of_launch(desk: Path, monkeypatch: pytest.MonkeyPatch):
@@ -531,9 +531,9 @@ def test_offer_in_tpu_md_is_the_one_of_launch(desk: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CONFIG_HOME", str(desk / ".config"))
     page = TPU_PAGE.read_text(encoding="utf-8")
     shown = next(s for c, s in commands(page) if c == "launch --cluster tpu-v4-32 configs/r152.yaml" and s)
-    offer = tpu.offer(_tpu_plan(), RunDirectory(desk))
+    quote = tpu.quote(_tpu_plan(), RunDirectory(desk))
     api.close()
-    assert f"to create   {offer}" in "\n".join(shown)
+    assert f"to create   {quote}" in "\n".join(shown)
 
 
 def test_roles_in_tpu_md_are_those_that_errors_name():
@@ -612,7 +612,7 @@ class _Failing:
     def __init__(self) -> None:
         self._exits = [Exit(process, 1) for process in range(2)]
 
-    def ledger(self) -> dict[str, Any]:
+    def job_info(self) -> dict[str, Any]:
         return {"job": None, "restart_count": None}
 
     def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
@@ -620,13 +620,13 @@ class _Failing:
 
     def start(self, plan: Plan, run: RunDirectory, attempt: int) -> "_Failing":
         for exit_ in self._exits:
-            run.log(attempt, exit_.process).write_text("no such luck\n")
+            run.hosts.log_file(attempt, exit_.process).write_text("no such luck\n")
         return self
 
     def poll(self, timeout: float) -> list[Exit]:
         return self._exits
 
-    def ask_to_stop(self) -> None: ...
+    def request_stop(self) -> None: ...
 
     def kill(self) -> None: ...
 
@@ -642,12 +642,12 @@ def test_fields_of_attempts_and_result_are_those_written(desk: Path):
         replace(plan, max_restarts=0),
         run,
         _Failing(),
-        wishes=supervise.Wishes(),
-        watch=lambda *_: None,
+        stop_request=supervise.StopRequest(),
+        on_progress=lambda *_: None,
         announce=print,
     )
     page = DOCS / "resume.md"
-    assert [row[0] for row in table(page, "## attempts.jsonl")] == list(run.attempts()[-1])
+    assert [row[0] for row in table(page, "## attempts.jsonl")] == list(run.attempts.all()[-1])
     result = json.loads((run.path / "result.json").read_text())
     assert [row[0] for row in table(page, "## result.json")] == list(result)
     assert [row[0] for row in table(page, "### goodput")] == list(result["goodput"])

@@ -1,7 +1,7 @@
 """P processes on this machine, each in its own session so that Ctrl-C reaches the launcher alone.
 
-A worker's standard input is a pipe that nobody writes to: when the launcher ends, in whatever way, it
-closes, and the worker ends too.
+A worker's standard input is a pipe that nobody writes to. When the launcher ends, in whatever way, the pipe closes,
+and the worker ends too.
 """
 
 import os
@@ -12,15 +12,15 @@ import subprocess
 import threading
 from typing import Any
 
-from launcher.backends import Exit, State, drain, ended
-from launcher.host import WORKER, start_worker, worker_environment
-from launcher.place import hold_port
+from launcher.gang import Exit, State, drain, recorded_state
+from launcher.host.process import WORKER, start_worker, worker_environment
+from launcher.machine.network import reserve_port
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
 REMOTE = False
 HOST = "127.0.0.1"
-ASK_SECONDS = 0.0
+POLL_SECONDS = 0.0
 
 
 def render(plan: Plan) -> str:
@@ -37,14 +37,14 @@ def start(plan: Plan, run: RunDirectory, attempt: int) -> "LocalGang":
 
 
 def adopt(plan: Plan, run: RunDirectory, attempt: int) -> None:
-    """Workers end with their launcher."""
+    """None, since workers end with their launcher."""
 
 
 def check(plan: Plan) -> None:
-    """Nothing is known that could be in the way."""
+    """Nothing can be checked that the plan has not checked."""
 
 
-def ledger() -> dict[str, Any]:
+def job_info() -> dict[str, Any]:
     return {"job": None, "restart_count": None}
 
 
@@ -53,29 +53,27 @@ def can_restart(plan: Plan, run: RunDirectory) -> bool:
 
 
 def state(run: RunDirectory) -> State:
-    return State("running") if run.is_running() else ended(run)
+    return State("running") if run.is_running() else recorded_state(run)
 
 
 class LocalGang:
     def __init__(self, plan: Plan, run: RunDirectory, attempt: int):
-        self._port = hold_port(HOST)
+        self._port = reserve_port(HOST)
         coordinator = f"{HOST}:{self._port.getsockname()[1]}"
-        self._ended: queue.SimpleQueue[Exit] = queue.SimpleQueue()
+        self._exits: queue.SimpleQueue[Exit] = queue.SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
         for process in range(plan.processes):
-            self._processes.append(
-                start_worker(plan, run, attempt, worker_environment(plan, process, coordinator))
-            )
-            # A waiting thread each: the order of deaths tells the cause from its consequences.
+            self._processes.append(start_worker(run, attempt, worker_environment(plan, process, coordinator)))
+            # A waiting thread for each: the order of the exits tells the cause from its consequences.
             threading.Thread(target=self._wait, args=(process,), daemon=True).start()
 
     def _wait(self, process: int) -> None:
-        self._ended.put(Exit(process, self._processes[process].wait()))
+        self._exits.put(Exit(process, self._processes[process].wait()))
 
     def poll(self, timeout: float) -> list[Exit]:
-        return drain(self._ended, timeout)
+        return drain(self._exits, timeout)
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         for process in self._processes:
             process.terminate()
 
@@ -84,8 +82,8 @@ class LocalGang:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # its own session, so its children too
 
-    def leave(self) -> None:
-        raise AssertionError("it ends with its launcher")
+    def detach(self) -> None:
+        raise AssertionError("the gang ends with its launcher")
 
     def stopped_by(self) -> str:
         return "preempted"

@@ -1,7 +1,7 @@
 """Cloud TPU: the slice of a run is created, reached by ssh, replaced when it is taken away, and deleted at the end.
 
-On each VM an agent runs the worker and outlives our connection, so any machine can go on with the run: all that
-it needs lies in the run directory on gs://.
+On each VM an agent runs the worker and outlives the connection to it. All that a launcher needs lies in the run
+directory under gs://, so any machine can take over the run.
 """
 
 import contextlib
@@ -20,36 +20,42 @@ from typing import Any
 from configs.clusters import TpuCluster
 from configs.errors import UserError
 from configs.google import UnreachableError
-from launcher import accelerators, costs, shipping
-from launcher.agent import FOLDER, identity
-from launcher.backends import State, ended
+from launcher import costs
+from launcher.accelerators import parse_tpu
+from launcher.gang import State, recorded_state
+from launcher.host.agent import FOLDER
+from launcher.host.process import host_program
 from launcher.plan import Plan
-from launcher.providers import OWNER, Found, Provider, Request
-from launcher.remote import RemoteGang, check_secrets
-from launcher.rundir import RunDirectory
-from launcher.ssh import HostError, connected, public_key
+from launcher.providers import OWNER, Provider, Request, Resource
+from launcher.remote import shipping
+from launcher.remote.attempt import RemoteAttempt
+from launcher.remote.gang import RemoteGang
+from launcher.remote.hosts import Hosts
+from launcher.remote.prepare import check_secrets
+from launcher.remote.ssh import HostError, connected, public_key
+from launcher.rundir import RunDirectory, run_id
 
 REMOTE = True
-ASK_SECONDS = 5.0
+POLL_SECONDS = 5.0
 SILENT_SECONDS = 120.0
 FAILURES_OF_A_BAD_VM = 2
 
 
-# What is asked for
+# What is requested
 
 
-def settle(plan: Plan) -> Plan:
-    """The plan with what was left to this machine's defaults, so that another machine can go on with it."""
+def resolve(plan: Plan) -> Plan:
+    """The plan with this machine's defaults filled in, so that another machine can resume it."""
     from launcher.providers.cloud_tpu import project_and_zone
 
     cluster = _cluster(plan)
     project, zone = project_and_zone(cluster.project, cluster.zone)
     user = cluster.ssh_user or (None if cluster.os_login else getpass.getuser())
-    settled = cluster.model_copy(update={"project": project, "zone": zone, "ssh_user": user})
-    # The hosts have a Python of their own; among themselves they are compared.
+    resolved = cluster.model_copy(update={"project": project, "zone": zone, "ssh_user": user})
+    # The hosts have a Python of their own, which preflight compares among them.
     provenance = {key: value for key, value in plan.provenance.items() if key not in ("python", "packages")}
-    provenance["code"] = shipping.Code(shipping.archive(cluster.max_code_mib)).provenance
-    return dataclasses.replace(plan, submission=settled.model_dump(mode="json"), provenance=provenance)
+    provenance["code"] = shipping.CodeArchive(shipping.pack(cluster.max_code_mib)).provenance
+    return dataclasses.replace(plan, submission=resolved.model_dump(mode="json"), provenance=provenance)
 
 
 def render(plan: Plan) -> str:
@@ -60,9 +66,9 @@ def render(plan: Plan) -> str:
         request = dataclasses.asdict(_request(plan, "KEY"))
         lines = [f"#   {key}: {value}" for key, value in request.items() if value not in (None, {}, ())]
         first = "\n".join(["# one queued resource", *lines])
-    folder = f"{FOLDER}/{identity(plan.run_directory)}"
+    folder = f"{FOLDER}/{run_id(plan.run_directory)}"
     python = cluster.python or f"{FOLDER}/environments/LOCK/bin/python"
-    agent = shlex.join([python, "-P", "-m", "launcher.agent", "start", folder])
+    agent = shlex.join(host_program("agent", "start", folder, python=python))
     return f"{first}\n# on each of its {plan.hosts} VMs, by ssh, with the code in {folder}/code\n{agent}"
 
 
@@ -72,21 +78,21 @@ def check(plan: Plan) -> None:
     check_secrets(_cluster(plan))
 
 
-def offer(plan: Plan, run: RunDirectory) -> str | None:
+def quote(plan: Plan, run: RunDirectory) -> str | None:
     cluster, condition = _cluster(plan), _provider(plan).condition(_name(plan))
     if cluster.tpu:
-        if condition.word not in ("ready", "repairing"):
+        if condition.status not in ("ready", "repairing"):
             raise UserError(
                 f"--tpu {cluster.tpu}: in zone {cluster.zone} of project {cluster.project} it is {condition}; name one "
                 "that is READY, or leave --tpu out to have one created"
             )
         return None
-    if condition.word != "absent" and condition.owner != identity(plan.run_directory):
+    if condition.status != "absent" and condition.owner != run_id(plan.run_directory):
         raise UserError(
             f"the name {_name(plan)} is taken in zone {cluster.zone} of project {cluster.project}, by a TPU that is not "
             "this run's; choose another --name, or delete it"
         )
-    if condition.word not in ("absent", "lost", "leaving"):
+    if condition.status not in ("absent", "lost", "leaving"):
         old = run.plan()
         kept = old.submission["accelerator"] if old and old.submission else cluster.accelerator
         if kept != cluster.accelerator:
@@ -95,7 +101,7 @@ def offer(plan: Plan, run: RunDirectory) -> str | None:
                 f"`launch gc --delete {_name(plan)}`"
             )
         return None
-    one, slices = accelerators.tpu(cluster.accelerator)
+    one, slices = parse_tpu(cluster.accelerator)
     config = plan.run_config()
     price = costs.estimate(
         config.model,
@@ -105,7 +111,7 @@ def offer(plan: Plan, run: RunDirectory) -> str | None:
         one=one,
         num_slices=slices,
         provisioning=cluster.provisioning,
-        prices=costs.known_prices(),
+        prices=costs.load_prices(),
     )
     many = f"{slices} × " if slices > 1 else ""
     return (
@@ -116,23 +122,23 @@ def offer(plan: Plan, run: RunDirectory) -> str | None:
 
 def acquire(plan: Plan, run: RunDirectory) -> None:
     cluster, name = _cluster(plan), _name(plan)
-    packed = shipping.archive(cluster.max_code_mib)
-    if cluster.python is None and not shipping.Code(packed).has_environment:
+    packed = shipping.pack(cluster.max_code_mib)
+    if cluster.python is None and not shipping.CodeArchive(packed).has_environment:
         raise UserError(
             f"the code in {shipping.HOME} has no {shipping.LOCK} to make a Python from on the VMs: launch from a "
             "checkout, or set the cluster's python to one that has podlaunch's packages"
         )
     provider = _provider(plan)
-    word = provider.condition(name).word
-    if word in ("lost", "leaving"):
+    status = provider.condition(name).status
+    if status in ("lost", "leaving"):
         provider.delete(name)
-    is_new = word in ("absent", "lost", "leaving")
+    is_new = status in ("absent", "lost", "leaving")
     try:
         if is_new:
             try:
                 provider.create(_request(plan, _key(cluster)))
             except UserError:
-                is_new = False  # it was refused
+                is_new = False  # the request was refused, so there is nothing to delete
                 raise
         run.write_code(packed)
     except BaseException:
@@ -161,7 +167,7 @@ def shell(plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) ->
     if not machines:
         raise UserError(f"run {run.name} has no hosts now; see `launch status {run.name}`")
     if key := _key(cluster):
-        provider.let_in(name, key)
+        provider.authorize(name, key)
     with connected(cluster, machines) as ssh:
         try:
             return subprocess.run(ssh.command(host, *command, terminal=sys.stdin.isatty())).returncode
@@ -171,7 +177,7 @@ def shell(plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) ->
 
 def _request(plan: Plan, key: str | None) -> Request:
     cluster = _cluster(plan)
-    one, slices = accelerators.tpu(cluster.accelerator)
+    one, slices = parse_tpu(cluster.accelerator)
     return Request(
         name=_name(plan),
         accelerator_type=one.accelerator_type,
@@ -187,7 +193,7 @@ def _request(plan: Plan, key: str | None) -> Request:
         service_account=cluster.service_account,
         labels={
             **cluster.labels,
-            OWNER: identity(plan.run_directory),
+            OWNER: run_id(plan.run_directory),
             "podlaunch-run": _slug(plan.name),
             "podlaunch-owner": _slug(getpass.getuser()),
             "podlaunch-generation": one.generation.name,
@@ -220,8 +226,7 @@ def _provider(plan: Plan) -> Provider:
 
 def _name(plan: Plan) -> str:
     return (
-        _cluster(plan).tpu
-        or f"podlaunch-{_slug(plan.name)[:32].strip('-')}-{identity(plan.run_directory)[:6]}"
+        _cluster(plan).tpu or f"podlaunch-{_slug(plan.name)[:32].strip('-')}-{run_id(plan.run_directory)[:6]}"
     )
 
 
@@ -229,83 +234,82 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63]
 
 
-# What is there
+# What exists
 
 
 def state(run: RunDirectory) -> State:
     plan = run.plan()
     if run.is_running():
-        report = run.report(0)
+        report = run.hosts.report(0)
         return State("queued", report["phase"]) if report.get("queued") else State("running")
     if plan is None or plan.submission is None or run.result() is not None:
-        return ended(run)
+        return recorded_state(run)
     try:
         condition = _provider(plan).condition(_name(plan))
     except (UserError, UnreachableError) as e:
         return State("unknown", f"no launcher looks after it; {e}")
-    if condition.word == "absent" or (_cluster(plan).tpu and not _has_agents(run)):
-        return ended(run)
-    word = "running" if condition.word == "ready" and _has_agents(run) else "queued"
+    if condition.status == "absent" or (_cluster(plan).tpu and not _has_agents(run)):
+        return recorded_state(run)
+    status = "running" if condition.status == "ready" and _has_agents(run) else "queued"
     return State(
-        word, f"{_name(plan)} is {condition.word}, and no launcher looks after it; `launch attach {run.name}`"
+        status,
+        f"{_name(plan)} is {condition.status}, and no launcher looks after it; `launch attach {run.name}`",
     )
 
 
 def _has_agents(run: RunDirectory) -> bool:
-    return bool(run.where(run.last_attempt()).get("agents"))
+    return bool(run.attempts.info(run.attempts.last()).get("agents"))
 
 
-def left(project: str | None) -> list[Found]:
-    """All that podlaunch created in a project, and that is still there."""
+def leftovers(project: str | None) -> list[Resource]:
+    """All resources of a project that podlaunch created and that still exist."""
     from launcher.providers.cloud_tpu import CloudTpu, project_and_zone
 
-    return CloudTpu(project_and_zone(project, "-")[0], "-").ours(OWNER)
+    return CloudTpu(project_and_zone(project, "-")[0], "-").list_labelled(OWNER)
 
 
-def describe(found: Found) -> str:
-    """How it stands, how old it is, and what it has cost if it was there from the beginning."""
-    labels, hours = found.labels, (datetime.now(UTC) - found.created).total_seconds() / 3600
-    words = f"{found.state.word}, {hours:.1f} h old"
-    if found.state.word in ("ready", "repairing") and "podlaunch-chips" in labels:
+def describe(resource: Resource) -> str:
+    """State, age and owner of a resource, and its cost since it was created."""
+    labels, hours = resource.labels, (datetime.now(UTC) - resource.created).total_seconds() / 3600
+    words = f"{resource.state.status}, {hours:.1f} h old"
+    if resource.state.status in ("ready", "repairing") and "podlaunch-chips" in labels:
         generation, provisioning = labels["podlaunch-generation"], labels["podlaunch-provisioning"]
         chips = int(labels["podlaunch-chips"])
-        words = (
-            f"{found.state.word}, {costs.spent(chips, generation, provisioning, hours, costs.known_prices())}"
-        )
+        words = f"{resource.state.status}, {costs.cost_so_far(chips, generation, provisioning, hours, costs.load_prices())}"
     return f"{words}, {labels.get('podlaunch-owner', 'of nobody')}'s"
 
 
-def may_be_deleted(found: Found) -> bool:
-    """Whether it is this user's, and its run is known to be over: no launcher has it, and no worker speaks."""
-    if found.labels.get("podlaunch-owner") != _slug(getpass.getuser()):
+def may_be_deleted(resource: Resource) -> bool:
+    """Whether a resource is this user's, and its run is over: no launcher holds the run, and no worker reports."""
+    if resource.labels.get("podlaunch-owner") != _slug(getpass.getuser()):
         return False
     try:
-        run = RunDirectory(found.description)
-        silent = time.time() - run.report(0).get("time", 0.0)
+        run = RunDirectory(resource.description)
+        silent = time.time() - run.hosts.report(0).get("time", 0.0)
         return not run.is_running() and (run.result() is not None or silent > SILENT_SECONDS)
     except (UserError, UnreachableError):
         return False
 
 
-def delete(project: str | None, found: Found) -> None:
+def delete(project: str | None, resource: Resource) -> None:
     from launcher.providers.cloud_tpu import CloudTpu, project_and_zone
 
-    CloudTpu(project_and_zone(project, found.zone)[0], found.zone).delete(found.name)
+    CloudTpu(project_and_zone(project, resource.zone)[0], resource.zone).delete(resource.name)
 
 
 # Attempts
 
 
-def ledger() -> dict[str, Any]:
+def job_info() -> dict[str, Any]:
     return {"job": None, "restart_count": None}
 
 
 def can_restart(plan: Plan, run: RunDirectory) -> bool:
-    """A slice with a VM that failed twice is given up for another."""
-    failures = [a["failure"] for a in run.attempts_of_launch() if a["failure"]]
+    """True; a slice with a VM that failed twice is deleted first, so that the restart creates another."""
+    failures = [a["failure"] for a in run.attempts.of_launch() if a["failure"]]
     counts = Counter(f["host"] for f in failures if f["cause"] in ("lost", "not started"))
     if failures and counts[failures[-1]["host"]] >= FAILURES_OF_A_BAD_VM and not _cluster(plan).tpu:
-        with contextlib.suppress(UnreachableError, UserError):  # then it is tried as it is
+        with contextlib.suppress(UnreachableError, UserError):  # otherwise the restart tries the same slice
             _provider(plan).delete(_name(plan))
     return True
 
@@ -315,20 +319,17 @@ def start(plan: Plan, run: RunDirectory, attempt: int) -> RemoteGang:
 
 
 def adopt(plan: Plan, run: RunDirectory, attempt: int) -> RemoteGang | None:
-    if _has_agents(run) and _provider(plan).condition(_name(plan)).word == "ready":
+    if _has_agents(run) and _provider(plan).condition(_name(plan)).status == "ready":
         return _gang(plan, run, attempt, adopted=True)
     return None
 
 
 def _gang(plan: Plan, run: RunDirectory, attempt: int, *, adopted: bool) -> RemoteGang:
     cluster = _cluster(plan)
-    return RemoteGang(
-        plan,
-        run,
-        attempt,
-        provider=_provider(plan),
-        name=_name(plan),
+    hosts = Hosts(
+        _provider(plan),
+        _name(plan),
         request=None if cluster.tpu else lambda: _request(plan, _key(cluster)),
         key=_key(cluster),
-        adopted=adopted,
     )
+    return RemoteGang(RemoteAttempt(plan, run, attempt), hosts, adopted=adopted)

@@ -1,6 +1,6 @@
 """Where the machines of a run are rented. Another cloud, or another API of this one, is one file here.
 
-A provider only makes, watches and deletes machines; launcher/backends/tpu.py decides when, and trains on them.
+A provider only creates, watches and deletes machines; launcher/backends/tpu.py decides when.
 """
 
 from collections.abc import Mapping
@@ -9,54 +9,54 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 OWNER = "podlaunch-id"
-"""Label that says whose a resource is."""
+"""Label with the id of the run that a resource belongs to."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be rented: `slices` slices of one kind."""
+    """A request for `slices` slices of one kind."""
 
     name: str
-    """Of the request, and of its one node; those of several slices are name-0, name-1, …"""
+    """Name of the request and of its node; the nodes of several slices are called name-0, name-1 and so on."""
     accelerator_type: str
     """As the provider writes it, such as v4-32."""
     generation: str
     """As the provider writes it, such as V4."""
     runtime: str
-    """What is installed on the machines, by the provider's name."""
+    """The provider's name of what is installed on the machines."""
     topology: str | None = None
-    """Such as 2x2x4: replaces `accelerator_type`."""
+    """Such as 2x2x4, in the place of `accelerator_type`."""
     slices: int = 1
     provisioning: Literal["on-demand", "spot", "reserved"] = "on-demand"
     reservation: str | None = None
-    """Its name, or its full path."""
+    """Name of the reservation, or its full path."""
     network: str = "default"
     subnetwork: str | None = None
     external_ips: bool = True
     service_account: str | None = None
-    """Null: the project's default."""
+    """None is the project's default."""
     labels: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     description: str = ""
     valid_until_hours: float | None = None
-    """How long it may wait in the queue."""
+    """How long the request may wait in the queue; None is without end."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How what was rented stands."""
+    """The state of a request and its machines."""
 
-    word: str
-    """`absent`, `waiting` in the queue, `creating`, `ready`, `repairing` (may come back), `lost` (does not come
-    back by itself), or `leaving` (is being deleted)."""
+    status: str
+    """`absent`, `waiting` in the queue, `creating`, `ready`, `repairing` (the machines may come back), `lost` (they
+    do not come back by themselves), or `leaving` (they are being deleted)."""
     detail: str = ""
-    """In the provider's words."""
+    """What the provider says."""
     owner: str = field(default="", compare=False)
-    """Its label OWNER."""
+    """Value of the label OWNER."""
 
     def __str__(self) -> str:
-        return f"{self.word}: {self.detail}" if self.detail else self.word
+        return f"{self.status}: {self.detail}" if self.detail else self.status
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ class Machine:
 
     slice: int
     worker: int
-    """Its number in the slice."""
+    """Number of the VM in its slice."""
     internal: str
     external: str | None
     host_keys: tuple[str, ...]
-    """Public keys by which ssh knows it, such as `ssh-ed25519 AAAA…`; empty where the provider does not tell."""
+    """Public host keys, such as `ssh-ed25519 AAAA…`; empty where the provider does not know them."""
     alias: str
-    """Name under which ssh keeps them: no other machine ever has it."""
+    """Name under which ssh remembers the host keys. No other machine ever has the same."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """Something that is there, and may cost money."""
+class Resource:
+    """A resource that exists, and may cost money."""
 
     name: str
     zone: str
@@ -93,27 +93,29 @@ class Provider(Protocol):
     """Raises UserError for what the user must mend, and configs.google.UnreachableError."""
 
     def create(self, request: Request) -> None:
-        """Ask for it, and return once that is accepted. What is there already and has the same OWNER is taken up."""
+        """Request machines, and return once the request is accepted. One of the same name and OWNER is used as it is."""
         ...
 
     def condition(self, name: str) -> Condition:
-        """Also of a node that was made by other means."""
+        """The state of a request, or of a node that was created by other means."""
         ...
 
     def machines(self, name: str) -> list[Machine]:
-        """Sorted by slice and worker."""
+        """The machines of a request, sorted by slice and worker."""
         ...
 
-    def let_in(self, name: str, key: str) -> None:
-        """Have its machines take a `user:public key` that they do not take yet."""
+    def authorize(self, name: str, key: str) -> None:
+        """Have the machines accept a `user:public key`, if they do not yet."""
         ...
 
     def delete(self, name: str) -> None:
-        """Delete it with its nodes, and return when all is gone, as it may have been before."""
+        """Delete a request and its nodes, and return when none of them exists any more."""
         ...
 
-    def ours(self, label: str) -> list[Found]:
-        """What has the label, in all zones. A request and its nodes are one."""
+    def list_labelled(self, label: str) -> list[Resource]:
+        """Resources that have the label, in all zones. A request and its nodes count as one."""
         ...
 
-    def zones_with(self, accelerator_type: str) -> list[str]: ...
+    def zones_with(self, accelerator_type: str) -> list[str]:
+        """Zones that offer an accelerator type."""
+        ...

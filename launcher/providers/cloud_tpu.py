@@ -16,18 +16,18 @@ from typing import Any
 
 from configs import google
 from configs.errors import UserError
-from launcher.providers import OWNER, Condition, Found, Machine, Request
+from launcher.providers import OWNER, Condition, Machine, Request, Resource
 
 ENDPOINT = "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU"
-"""gcloud's own variable for another address of the API. One without TLS is asked without credentials."""
+"""gcloud's variable for another address of the API. An address without TLS gets no credentials."""
 ROLE = "roles/tpu.admin"
 CALL_SECONDS = 30.0
 RETRY_SECONDS = 60.0
 POLL_SECONDS = 2.0
 WAIT_SECONDS = 15 * 60.0
-"""For a deletion, and until a request is accepted."""
+"""Limit for a deletion, and for a request to be accepted."""
 
-# Its nodes say how an ACTIVE one stands.
+# Of an ACTIVE queued resource, the states of its nodes decide.
 _QUEUED = {
     "STATE_UNSPECIFIED": "waiting", "CREATING": "waiting", "ACCEPTED": "waiting", "WAITING_FOR_RESOURCES": "waiting",
     "PROVISIONING": "creating", "ACTIVE": "ready", "DELETING": "leaving",
@@ -57,10 +57,10 @@ class CloudTpu:
                     parent=self._parent,
                     queued_resource=_queued_resource(request, self._parent),
                     queued_resource_id=request.name,
-                    **_how(),
+                    **_call_options(),
                 )
                 _wait(request.name, [operation], lambda: self._queued(request.name) is not None)
-            except Conflict as e:  # also where the answer to a first try was lost
+            except Conflict as e:  # this also happens where the answer to a first try was lost
                 owner = request.labels.get(OWNER)
                 if (
                     owner
@@ -69,7 +69,7 @@ class CloudTpu:
                 ):
                     return
                 raise UserError(
-                    f"TPU {request.name}: the name is taken in {self.project}, {self.zone} ({_words(e)}); "
+                    f"TPU {request.name}: the name is taken in {self.project}, {self.zone} ({_message(e)}); "
                     "choose another, or delete what has it"
                 ) from None
 
@@ -83,7 +83,7 @@ class CloudTpu:
         with self._explained(f"TPU {name}"):
             return [m for i, node in enumerate(self._nodes(name)) for m in self._machines(i, node)]
 
-    def let_in(self, name: str, key: str) -> None:
+    def authorize(self, name: str, key: str) -> None:
         with self._explained(f"TPU {name}"):
             for node in self._nodes(name):
                 keys = node.metadata.get("ssh-keys", "").splitlines()
@@ -91,7 +91,7 @@ class CloudTpu:
                     metadata = {**node.metadata, "ssh-keys": "\n".join([*keys, key])}
                     changed = {"name": node.name, "metadata": metadata}
                     mask = {"paths": ["metadata"]}
-                    self._client.update_node({"node": changed, "update_mask": mask}, **_how())
+                    self._client.update_node({"node": changed, "update_mask": mask}, **_call_options())
 
     def delete(self, name: str) -> None:
         with self._explained(f"TPU {name}"):
@@ -103,11 +103,11 @@ class CloudTpu:
             )
             self._remove(name, lambda: self._nodes(name), self._client.delete_node)
 
-    def ours(self, label: str) -> list[Found]:
+    def list_labelled(self, label: str) -> list[Resource]:
         everywhere = {"parent": f"projects/{self.project}/locations/-"}
         with self._explained(f"TPUs of project {self.project}"):
-            nodes = list(self._client.list_nodes(everywhere, **_how()))
-            queued = list(self._client.list_queued_resources(everywhere, **_how()))
+            nodes = list(self._client.list_nodes(everywhere, **_call_options()))
+            queued = list(self._client.list_queued_resources(everywhere, **_call_options()))
         nodes_of: dict[tuple[str, str], list[Any]] = {}
         for node in nodes:
             nodes_of.setdefault((_zone(node.name), _id(node.queued_resource)), []).append(node)
@@ -115,14 +115,14 @@ class CloudTpu:
         for q in queued:
             own = nodes_of.pop((_zone(q.name), _id(q.name)), [])
             if label in _node_of(q).labels:
-                found.append(_found("queued resource", q, _node_of(q), _condition(q, own)))
-        left = [node for own in nodes_of.values() for node in own if label in node.labels]
-        return found + [_found("node", node, node, _condition(None, [node])) for node in left]
+                found.append(_resource("queued resource", q, _node_of(q), _condition(q, own)))
+        without_request = [node for own in nodes_of.values() for node in own if label in node.labels]
+        return found + [_resource("node", node, node, _condition(None, [node])) for node in without_request]
 
     def zones_with(self, accelerator_type: str) -> list[str]:
         with self._explained(f"TPUs of project {self.project}"):
             types = self._client.list_accelerator_types(
-                {"parent": f"projects/{self.project}/locations/-"}, **_how()
+                {"parent": f"projects/{self.project}/locations/-"}, **_call_options()
             )
             return sorted({_zone(t.name) for t in types if t.type_ == accelerator_type})
 
@@ -145,26 +145,28 @@ class CloudTpu:
         from google.api_core.exceptions import NotFound
 
         with suppress(NotFound):
-            return self._client.get_queued_resource(name=f"{self._parent}/queuedResources/{name}", **_how())
+            return self._client.get_queued_resource(
+                name=f"{self._parent}/queuedResources/{name}", **_call_options()
+            )
         return None
 
     def _nodes(self, name: str) -> list[Any]:
-        """The nodes of a queued resource, by slice; or the one that has the name."""
-        nodes = self._client.list_nodes(parent=self._parent, **_how())
+        """The nodes of a queued resource, by slice; or the one node of that name."""
+        nodes = self._client.list_nodes(parent=self._parent, **_call_options())
         named = [n for n in nodes if name in (_id(n.name), _id(n.queued_resource))]
         return sorted(named, key=lambda n: (len(n.name), n.name))
 
     def _remove(
-        self, name: str, left: Callable[[], list[Any]], delete: Callable[..., Any], **options: bool
+        self, name: str, existing: Callable[[], list[Any]], delete: Callable[..., Any], **options: bool
     ) -> None:
         from google.api_core.exceptions import NotFound
 
         begun = []
-        for resource in left():
+        for resource in existing():
             if _state(resource) != "DELETING":
                 with suppress(NotFound):
-                    begun.append(delete({"name": resource.name, **options}, **_how()))
-        _wait(name, begun, lambda: not left())
+                    begun.append(delete({"name": resource.name, **options}, **_call_options()))
+        _wait(name, begun, lambda: not existing())
 
     def _machines(self, index: int, node: Any) -> list[Machine]:
         endpoints = list(node.network_endpoints)
@@ -182,10 +184,10 @@ class CloudTpu:
         ]
 
     def _host_keys(self, node: Any) -> list[tuple[str, ...]]:
-        """Of each worker. None where the guests have written none yet, or may not."""
+        """Host keys of each worker; empty where the VMs have published none, or may not."""
         from google.api_core.exceptions import GoogleAPICallError
 
-        # Without a path and without workers: all that all of them have written. gcloud asks like this, too.
+        # Without a query path and worker ids the answer has all attributes of all workers, which gcloud asks for, too.
         with suppress(GoogleAPICallError):
             answer = self._client.get_guest_attributes({"name": node.name}, timeout=CALL_SECONDS)
             return [
@@ -212,8 +214,8 @@ class CloudTpu:
                 raise UserError(f"{what}: {self._problem(e, request)}") from None
 
     def _problem(self, error: Any, request: Request | None) -> str:
-        """What Google says of a request that it refuses, and the next step."""
-        words = _words(error)
+        """Google's message on a refused request, and the next step."""
+        words = _message(error)
         if error.reason == "SERVICE_DISABLED":
             return (
                 f"the Cloud TPU API is not enabled in project {self.project}; "
@@ -235,7 +237,7 @@ class CloudTpu:
 
 
 def project_and_zone(project: str | None, zone: str | None) -> tuple[str, str]:
-    """As given, or as gcloud and Google's clients would have them. Raises UserError where there is none."""
+    """Project and zone as given, or as gcloud and Google's clients find them. Raises UserError where one is missing."""
     settings, environment = _gcloud_settings(), os.environ
     project = (
         project
@@ -259,7 +261,7 @@ def project_and_zone(project: str | None, zone: str | None) -> tuple[str, str]:
 
 
 def _gcloud_settings() -> configparser.ConfigParser:
-    """Of gcloud's active configuration, empty where there is none."""
+    """Settings of gcloud's active configuration, empty where there is none. Raises UserError."""
     folder = Path(os.environ.get("CLOUDSDK_CONFIG") or Path.home() / ".config" / "gcloud")
     active = os.environ.get("CLOUDSDK_ACTIVE_CONFIG_NAME")
     if not active and (file := folder / "active_config").is_file():
@@ -334,7 +336,7 @@ def _node(request: Request) -> Any:
 
 
 def _condition(queued: Any, nodes: list[Any]) -> Condition:
-    """By the queued resource, unless there is none or it is ACTIVE: then by the worst of the nodes."""
+    """The state of a queued resource; where there is none, or it is ACTIVE, that of the worst of its nodes."""
     if queued and _state(queued) != "ACTIVE":
         message = queued.state.failed_data.error.message
         return Condition(
@@ -346,7 +348,7 @@ def _condition(queued: Any, nodes: list[Any]) -> Condition:
         return Condition("lost", f"queued resource ACTIVE, with {len(nodes)} of {expected} nodes")
     if not nodes:
         return Condition("absent")
-    return min(map(_condition_of_node, nodes), key=lambda condition: _WORST_FIRST.index(condition.word))
+    return min(map(_condition_of_node, nodes), key=lambda condition: _WORST_FIRST.index(condition.status))
 
 
 def _condition_of_node(node: Any) -> Condition:
@@ -354,9 +356,9 @@ def _condition_of_node(node: Any) -> Condition:
     return Condition(_NODE.get(_state(node), "repairing"), f"node {_id(node.name)} {_state(node)}{why}")
 
 
-def _found(kind: str, resource: Any, node: Any, state: Condition) -> Found:
+def _resource(kind: str, resource: Any, node: Any, state: Condition) -> Resource:
     config = node.accelerator_config
-    return Found(
+    return Resource(
         name=_id(resource.name),
         zone=_zone(resource.name),
         kind=kind,
@@ -379,8 +381,8 @@ def _wait(name: str, operations: list[Any], reached: Callable[[], bool]) -> None
         time.sleep(POLL_SECONDS)
 
 
-def _how() -> dict[str, Any]:
-    """The client's own repetitions, of which these calls have none by default."""
+def _call_options() -> dict[str, Any]:
+    """Timeout and retries of the client, which by default does not retry these calls."""
     from google.api_core.exceptions import ServerError, TooManyRequests
     from google.api_core.retry import Retry
     from google.auth.exceptions import TransportError
@@ -397,7 +399,7 @@ def _how() -> dict[str, Any]:
 
 
 def _is_quota(error: Any) -> bool:
-    """Whether it is about what a project may have, not about how often it may ask."""
+    """Whether an error is about the quota of chips, not about the rate of requests."""
     from google.api_core.exceptions import TooManyRequests
 
     return (
@@ -407,8 +409,8 @@ def _is_quota(error: Any) -> bool:
     )
 
 
-def _words(error: Any) -> str:
-    """Google's own, without the address that its client puts before them."""
+def _message(error: Any) -> str:
+    """Google's message, without the address that its client puts before it."""
     return _one_line(re.sub(r"^[A-Z]+ https?://\S+: ", "", error.message)).rstrip(".")
 
 
@@ -417,13 +419,13 @@ def _one_line(text: str) -> str:
 
 
 def _state(resource: Any) -> str:
-    """The name of its state, or the number of one that this client does not know."""
+    """Name of the state of a resource, or the number of a state that this client does not know."""
     state = getattr(resource.state, "state", resource.state)
     return str(getattr(state, "name", state))
 
 
 def _node_of(queued: Any) -> Any:
-    """The node that is asked for."""
+    """The node that a queued resource asks for."""
     return queued.tpu.node_spec[0].node
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from launcher.agent import identity
+
 from tests import gcs, tpu_api
 from tests.clusters import tpu as testbed
 from tests.clusters.network import HERE

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.clusters import SlurmCluster, TpuCluster, files, named, seconds
+from configs.clusters import SlurmCluster, TpuCluster, files, named_clusters, seconds
 from configs.errors import UserError
 
 
@@ -25,12 +25,12 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_files_there_are_no_names(write):
-    assert named() == {}
+    assert named_clusters() == {}
 
 
 def test_the_file_of_the_folder_goes_before_the_users_own(write):
     write("a: {nodes: 1}", "a: {nodes: 2}\nb: {nodes: 3}")
-    assert {name: cluster.nodes for name, cluster in named().items()} == {"a": 1, "b": 3}
+    assert {name: cluster.nodes for name, cluster in named_clusters().items()} == {"a": 1, "b": 3}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
 def test_mistakes_are_told_at_their_line(write, entry, told):
     write(f"\na: {entry}\n")
     with pytest.raises(UserError) as refused:
-        named()
+        named_clusters()
     assert told in str(refused.value)
     assert str(refused.value).startswith("configs/clusters.yaml:2: ")
 
@@ -80,7 +80,7 @@ def test_mistakes_are_told_at_their_line(write, entry, told):
 def test_all_mistakes_of_all_entries_are_told_at_once(write):
     write("a: {nodes: 0}\nb: {nodes: 1, tim: 3}\n")
     with pytest.raises(UserError) as refused:
-        named()
+        named_clusters()
     assert len(str(refused.value).splitlines()) == 2
 
 
@@ -103,7 +103,7 @@ def test_what_is_no_time_limit(time):
 
 def test_an_accelerator_makes_a_slice_of_tpus(write):
     write("a: {accelerator: v4-32, provisioning: reserved, tags: [x, y], secrets: [TOKEN]}\nb: {nodes: 1}")
-    found = named()
+    found = named_clusters()
     assert found["a"] == TpuCluster(
         accelerator="v4-32", provisioning="reserved", tags=("x", "y"), secrets=("TOKEN",)
     )

@@ -4,7 +4,8 @@ import pytest
 from google.cloud import tpu_v2
 
 from configs.errors import UserError
-from launcher.accelerators import GENERATIONS, num_nvidia_gpus, tpu, tpu_slice
+from launcher.accelerators import GENERATIONS, parse_tpu, tpu_slice
+from launcher.machine.devices import num_nvidia_gpus
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_the_table_holds_together():
     ],
 )
 def test_tpu_names(text, accelerator_type, topology, chips, vms, devices_per_vm, num_slices):
-    one, slices = tpu(text)
+    one, slices = parse_tpu(text)
     assert (one.accelerator_type, one.topology, one.chips, one.vms, one.devices_per_vm, slices) == (
         accelerator_type, topology, chips, vms, devices_per_vm, num_slices,
     )  # fmt: skip
@@ -91,5 +92,5 @@ def test_tpu_names(text, accelerator_type, topology, chips, vms, devices_per_vm,
 )
 def test_tpu_names_that_mean_nothing(text, told):
     with pytest.raises(UserError) as refused:
-        tpu(text)
+        parse_tpu(text)
     assert str(refused.value).startswith(f"cluster = tpu-{text}: {told}")

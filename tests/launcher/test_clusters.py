@@ -6,9 +6,10 @@ from click.testing import CliRunner
 from configs.clusters import SlurmCluster, TpuCluster
 from configs.errors import UserError
 from launcher.accelerators import GENERATIONS
-from launcher.cli import main
-from launcher.clusters import ClusterSpec, default, of_cluster, of_step, resolve, slurm
-from launcher.place import Place
+from launcher.clusters import default_cluster, from_settings, from_slurm_task, resolve, slurm_spec
+from launcher.commands.main import main
+from launcher.machine.slurm import SlurmTask
+from launcher.plan import ClusterSpec
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def test_local_clusters(name, processes, devices):
 
 
 def test_default_without_accelerator_is_two_processes_of_two_devices():
-    assert default() == resolve("local-2x2")
+    assert default_cluster() == resolve("local-2x2")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_slurm_without_gpus_has_a_cpu_device_a_node():
 
 
 def test_a_process_a_gpu():
-    spec = slurm("x", SlurmCluster(nodes=2, gpus_per_node=4, process_per="gpu"))
+    spec = slurm_spec("x", SlurmCluster(nodes=2, gpus_per_node=4, process_per="gpu"))
     assert (spec.hosts, spec.processes, spec.devices_per_process) == (2, 8, 1)
 
 
@@ -118,26 +119,26 @@ def test_options_that_cannot_be_are_refused(name, option, told):
 def test_in_an_allocation_the_default_is_all_of_it(monkeypatch, variables, name, processes, devices):
     for key, value in (ALLOCATION | variables).items():
         monkeypatch.setenv(key, value)
-    spec = default()
+    spec = default_cluster()
     assert (spec.name, spec.processes, spec.devices_per_process) == (name, processes, devices)
     assert spec.submission is None
 
 
 def test_a_login_to_a_node_of_a_job_is_no_allocation(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert default() == resolve("local-2x2")
+    assert default_cluster() == resolve("local-2x2")
 
 
 def test_one_of_several_tasks_does_not_launch_them_all(monkeypatch):
     for key, value in (ALLOCATION | {"SLURM_STEP_NUM_TASKS": "4"}).items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match=r"each would launch all .*`srun … launch worker CONFIG`"):
-        default()
+        default_cluster()
 
 
 def test_a_step_is_taken_as_it_is(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    spec = of_step(Place(0, 4, 0, "n1", ("n1", "n2"), "12.0", 0))
+    spec = from_slurm_task(SlurmTask(0, 4, 0, "n1", ("n1", "n2"), "12.0", 0))
     assert (spec.name, spec.hosts, spec.processes, spec.devices_per_process) == ("slurm-2x8", 2, 4, 4)
 
 
@@ -203,8 +204,8 @@ def test_a_name_of_the_file_goes_before_what_it_would_mean(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "clusters.yaml").write_text("tpu-dev: {accelerator: v5e-4}\nb: {nodes: 1}\n")
-    assert resolve("tpu-dev") == of_cluster("tpu-dev", TpuCluster(accelerator="v5e-4"))
-    assert resolve("b") == of_cluster("b", SlurmCluster(nodes=1))
+    assert resolve("tpu-dev") == from_settings("tpu-dev", TpuCluster(accelerator="v5e-4"))
+    assert resolve("b") == from_settings("b", SlurmCluster(nodes=1))
 
 
 def test_sbatch_is_for_slurm_alone():

@@ -5,8 +5,8 @@ import pytest
 from configs.architectures import flops_per_image
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from launcher.accelerators import GENERATIONS, tpu
-from launcher.costs import Estimate, Prices, describe, estimate, files, known_prices
+from launcher.accelerators import GENERATIONS, parse_tpu
+from launcher.costs import Estimate, Prices, describe, estimate, files, load_prices
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +23,10 @@ def own(tmp_path, monkeypatch):
 
 def run_of(name: str, *, provisioning: str = "on-demand", prices: Prices | None = None) -> Estimate:
     """ResNet-50 on ImageNet for 90 epochs, on the slices called `name`."""
-    one, num_slices = tpu(name)
+    one, num_slices = parse_tpu(name)
     return estimate(
         ModelConfig(), image_size=224, steps=112_603, batch_size=1024, one=one, num_slices=num_slices,
-        provisioning=provisioning, prices=known_prices() if prices is None else prices,
+        provisioning=provisioning, prices=load_prices() if prices is None else prices,
     )  # fmt: skip
 
 
@@ -82,13 +82,13 @@ def test_an_estimate_is_one_line(given, line):
 
 
 def test_every_generation_has_a_price():
-    assert known_prices().keys() == GENERATIONS.keys()
-    assert known_prices()["v4"] == {"on-demand": 3.22}
+    assert load_prices().keys() == GENERATIONS.keys()
+    assert load_prices()["v4"] == {"on-demand": 3.22}
 
 
 def test_the_users_own_prices_go_before_ours(own):
     own("v4: {spot: 1.5}\nv5e: 1\n")
-    found = known_prices()
+    found = load_prices()
     assert (found["v4"], found["v5e"]) == ({"on-demand": 3.22, "spot": 1.5}, {"on-demand": 1})
 
 
@@ -108,6 +108,6 @@ def test_the_users_own_prices_go_before_ours(own):
 def test_prices_that_are_none_are_told(own, text, told):
     own(text)
     with pytest.raises(UserError) as refused:
-        known_prices()
+        load_prices()
     assert str(refused.value).startswith(f"{files()[0]}: {told}")
     assert len(str(refused.value).splitlines()) == 1

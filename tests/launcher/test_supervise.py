@@ -1,4 +1,4 @@
-"""Verdicts, restarts and the ledger, with a gang in memory: no processes, no clock."""
+"""Verdicts, restarts and the job_info, with a gang in memory: no processes, no clock."""
 
 import signal
 import socket
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.backends import PREEMPTED, Exit
+from launcher.gang import PREEMPTED, Exit
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 from launcher.supervise import (
@@ -18,8 +18,8 @@ from launcher.supervise import (
     EXIT_SAVED,
     EXIT_USER_ERROR,
     Failure,
-    Wishes,
-    describe,
+    StopRequest,
+    describe_failure,
     goodput,
     supervise,
 )
@@ -30,7 +30,7 @@ CRASH = [Exit(1, 1)]
 
 @dataclass
 class MemoryGang:
-    """Two processes that end as `ends` says, leave with `when_asked`, and die when killed."""
+    """Two processes that end as `ends` says, exit with `when_asked` on a stop request, and die when killed."""
 
     ends: list[Exit] = field(default_factory=list)
     when_asked: int | None = EXIT_SAVED
@@ -40,7 +40,7 @@ class MemoryGang:
     stopper: str = "preempted"
     asked: int = 0
     killed: int = 0
-    left: int = 0
+    detached: int = 0
 
     def begin(self, run: RunDirectory, attempt: int) -> None:
         """What the processes leave in the run directory."""
@@ -48,9 +48,9 @@ class MemoryGang:
         self._ended = deque(self.ends)
         self._idle = 0
         for process in (0, 1):
-            run.write_log(attempt, process, self.logs.get(process, ""))
+            run.hosts.write_log(attempt, process, self.logs.get(process, ""))
         for process, report in self.reports.items():
-            run.write_report(process, report)
+            run.hosts.write_report(process, report)
         for step in self.checkpoints:
             (run.path / "checkpoints" / str(step)).mkdir(parents=True)
 
@@ -61,22 +61,22 @@ class MemoryGang:
         self._ended.clear()
         return ended
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         self.asked += 1
         if self.when_asked is not None:
-            self._leave(self.when_asked)
+            self._end(self.when_asked)
 
     def kill(self) -> None:
         self.killed += 1
-        self._leave(-signal.SIGKILL)
+        self._end(-signal.SIGKILL)
 
-    def leave(self) -> None:
-        self.left += 1
+    def detach(self) -> None:
+        self.detached += 1
 
     def stopped_by(self) -> str:
         return self.stopper
 
-    def _leave(self, code: int) -> None:
+    def _end(self, code: int) -> None:
         self._ended.extend(Exit(process, code) for process in sorted(self._alive))
         self._alive = set()
 
@@ -91,7 +91,7 @@ class MemoryBackend:
     REMOTE: bool = False
     adopted: MemoryGang | None = None
 
-    def ledger(self) -> dict[str, Any]:
+    def job_info(self) -> dict[str, Any]:
         return {"job": self.job, "restart_count": 0 if self.job else None}
 
     def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
@@ -115,7 +115,7 @@ class Supervised:
 
     plan: Plan
     run: RunDirectory
-    wishes: Wishes = field(default_factory=Wishes)
+    stop_request: StopRequest = field(default_factory=StopRequest)
     said: list[str] = field(default_factory=list)
     on_watch: Callable[[], None] = lambda: None
     on_announce: Callable[[], None] = lambda: None
@@ -129,13 +129,13 @@ class Supervised:
 
         self.backend = MemoryBackend(list(gangs), **backend)
         if begin:
-            self.run.begin(self.backend.job)
+            self.run.begin_launch(self.backend.job)
         result = supervise(
             replace(self.plan, max_restarts=max_restarts),
             self.run,
             self.backend,
-            wishes=self.wishes,
-            watch=lambda attempt, report: self.on_watch(),
+            stop_request=self.stop_request,
+            on_progress=lambda attempt, report: self.on_watch(),
             announce=announce,
         )
         assert self.run.result() == result
@@ -146,7 +146,7 @@ class Supervised:
 def supervised(planned, tmp_path):
     plan = planned()
     run = RunDirectory(tmp_path / "runs" / "quickstart")
-    run.create(plan)
+    run.write_plan(plan)
     return Supervised(plan, run)
 
 
@@ -213,7 +213,7 @@ def test_restarts_are_counted_over_all_jobs_of_a_launch_and_anew_for_the_next(su
     assert supervised(MemoryGang(CRASH), job=next_job, begin=False, max_restarts=1)["status"] == "failed"
     gangs = MemoryGang(CRASH), MemoryGang(COMPLETE)
     assert supervised(*gangs, job="9", max_restarts=1)["status"] == "completed"
-    assert [a["job"] for a in supervised.run.attempts()] == ["7", next_job, "9", "9"]
+    assert [a["job"] for a in supervised.run.attempts.all()] == ["7", next_job, "9", "9"]
 
 
 def test_job_that_never_comes_to_a_checkpoint_is_not_requeued_for_ever(supervised):
@@ -245,7 +245,7 @@ def test_all_processes_done_is_completed(supervised):
     assert result["epoch"] == pytest.approx(180 * 64 / 1437)
     assert result["metrics"] == {"eval/accuracy": 0.98, "train/loss": 0.1}
     assert (result["attempts"], result["failure"]) == (1, None)
-    (attempt,) = supervised.run.attempts()
+    (attempt,) = supervised.run.attempts.all()
     assert attempt["hosts"] == ["here", "there"]
     assert (attempt["from_step"], attempt["reached_step"], attempt["kept_step"]) == (0, 180, 180)
     assert (attempt["cluster"], attempt["mesh"]) == ("local-2x2", {"batch": 4, "model": 1})
@@ -297,7 +297,7 @@ def test_failure_without_a_word_says_so(supervised):
 )
 def test_describe_is_one_line_of_who_where_how_and_why(step, where):
     failure = Failure(1, "node7", "exit code 1", "ValueError: no", step, ["a", "b"], retryable=True)
-    assert describe(failure) == f"process 1 on node7 {where}: ValueError: no"
+    assert describe_failure(failure) == f"process 1 on node7 {where}: ValueError: no"
 
 
 # Restarts
@@ -309,7 +309,7 @@ def test_failure_is_tried_again_up_to_max_restarts(supervised, max_restarts):
     assert result["status"] == "failed"
     assert (
         result["attempts"]
-        == len(supervised.run.attempts())
+        == len(supervised.run.attempts.all())
         == supervised.backend.attempts
         == max_restarts + 1
     )
@@ -321,13 +321,13 @@ def test_failure_is_tried_again_up_to_max_restarts(supervised, max_restarts):
 def test_success_on_the_last_restart_is_completed(supervised):
     result = supervised(MemoryGang(CRASH), MemoryGang(CRASH), MemoryGang(COMPLETE), max_restarts=2)
     assert (result["status"], result["attempts"], result["failure"]) == ("completed", 3, None)
-    assert [a["verdict"] for a in supervised.run.attempts()] == ["failed", "failed", "completed"]
+    assert [a["verdict"] for a in supervised.run.attempts.all()] == ["failed", "failed", "completed"]
 
 
 def test_restart_goes_on_from_the_last_checkpoint_and_counts_what_was_lost(supervised):
     first = MemoryGang(CRASH, reports={0: {"step": 17}, 1: {"step": 17}}, checkpoints=[5, 10])
     supervised(first, MemoryGang(COMPLETE, reports={0: {"step": 20}}, checkpoints=[20]))
-    lost, kept = supervised.run.attempts()
+    lost, kept = supervised.run.attempts.all()
     assert (lost["from_step"], lost["reached_step"], lost["kept_step"], lost["steps_lost"]) == (0, 17, 10, 7)
     assert (kept["from_step"], kept["reached_step"], kept["kept_step"], kept["steps_lost"]) == (10, 20, 20, 0)
     assert "attempt 2 from step 10 (restart 1 of 3)" in supervised.said[0]
@@ -345,7 +345,9 @@ def test_what_is_certain_to_fail_again_is_not_tried_again(supervised, gang):
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "preempted")])
 def test_signal_has_the_gang_save_and_end(supervised, signum, status):
-    supervised.on_watch = lambda: supervised.wishes.stop or supervised.wishes.interrupted(signum, None)
+    supervised.on_watch = lambda: (
+        supervised.stop_request.verdict or supervised.stop_request.on_signal(signum, None)
+    )
     gang = MemoryGang(reports={0: {"step": 12, "outcome": {"step": 12}}}, checkpoints=[12])
     result = supervised(gang)
     assert (result["status"], result["step"], gang.asked) == (status, 12, 1)
@@ -363,33 +365,33 @@ def test_saved_without_being_asked_is_preempted(supervised):
 
 
 def test_done_before_the_wish_is_heard_is_completed(supervised):
-    supervised.wishes.stop = "stopped"
+    supervised.stop_request.verdict = "stopped"
     assert supervised(MemoryGang(COMPLETE))["status"] == "completed"
 
 
 def test_second_ctrl_c_kills(supervised):
-    supervised.on_watch = lambda: supervised.wishes.interrupted(signal.SIGINT, None)
+    supervised.on_watch = lambda: supervised.stop_request.on_signal(signal.SIGINT, None)
     gang = MemoryGang(when_asked=None)
     assert supervised(gang)["status"] == "stopped"
     assert gang.killed
 
 
 def test_sigterm_behind_ctrl_c_still_waits_for_the_save():
-    wishes = Wishes()
-    wishes.interrupted(signal.SIGINT, None)
-    wishes.interrupted(signal.SIGTERM, None)
-    assert (wishes.stop, wishes.now) == ("stopped", False)
+    stop_request = StopRequest()
+    stop_request.on_signal(signal.SIGINT, None)
+    stop_request.on_signal(signal.SIGTERM, None)
+    assert (stop_request.verdict, stop_request.at_once) == ("stopped", False)
 
 
 def test_sigterm_behind_two_ctrl_c_does_not_take_them_back():
-    wishes = Wishes()
+    stop_request = StopRequest()
     for signum in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
-        wishes.interrupted(signum, None)
-    assert (wishes.stop, wishes.now) == ("stopped", True)
+        stop_request.on_signal(signum, None)
+    assert (stop_request.verdict, stop_request.at_once) == ("stopped", True)
 
 
 def test_stop_before_training_has_begun_waits_for_nobody(supervised):
-    supervised.wishes.stop = "stopped"
+    supervised.stop_request.verdict = "stopped"
     gang = MemoryGang(when_asked=-signal.SIGTERM)
     assert (supervised(gang)["status"], supervised.backend.attempts) == ("stopped", 1)
 
@@ -401,7 +403,7 @@ def test_stop_request_of_an_earlier_launch_is_forgotten(supervised):
 
 
 def test_stop_request_that_comes_before_the_job_begins_is_heard(supervised):
-    supervised.run.begin(job="7")
+    supervised.run.begin_launch(job="7")
     supervised.run.request_stop()
     assert supervised(MemoryGang(), begin=False, job="7")["status"] == "stopped"
 
@@ -412,7 +414,7 @@ def test_stop_asked_for_between_two_attempts_is_heard(supervised):
 
 
 def test_failure_while_stopping_begins_no_new_attempt(supervised):
-    supervised.wishes.stop = "stopped"
+    supervised.stop_request.verdict = "stopped"
     result = supervised(MemoryGang(when_asked=1), MemoryGang(COMPLETE))
     assert (result["status"], supervised.backend.attempts) == ("failed", 1)
 
@@ -433,33 +435,33 @@ def test_gang_is_ended_when_the_launcher_itself_fails(supervised):
 
 
 def test_launcher_that_leaves_ends_nothing_and_writes_nothing(supervised):
-    supervised.wishes = Wishes(outlived=True)
-    supervised.wishes.interrupted(signal.SIGTERM, None)
+    supervised.stop_request = StopRequest(workers_outlive=True)
+    supervised.stop_request.on_signal(signal.SIGTERM, None)
     gang = MemoryGang()
     assert supervise_until_left(supervised, gang) is None
-    assert (gang.left, gang.asked, gang.killed) == (1, 0, 0)
-    assert (supervised.run.attempts(), supervised.run.result()) == ([], None)
+    assert (gang.detached, gang.asked, gang.killed) == (1, 0, 0)
+    assert (supervised.run.attempts.all(), supervised.run.result()) == ([], None)
 
 
 def supervise_until_left(supervised: Supervised, gang: MemoryGang) -> Any:
     backend = MemoryBackend([gang], REMOTE=True)
     return supervise(
-        supervised.plan, supervised.run, backend, wishes=supervised.wishes,
-        watch=lambda attempt, report: None, announce=supervised.said.append,
+        supervised.plan, supervised.run, backend, stop_request=supervised.stop_request,
+        on_progress=lambda attempt, report: None, announce=supervised.said.append,
     )  # fmt: skip
 
 
 def test_ctrl_c_saves_and_ends_there_too(supervised):
-    supervised.wishes = Wishes(outlived=True)
-    supervised.wishes.interrupted(signal.SIGINT, None)
+    supervised.stop_request = StopRequest(workers_outlive=True)
+    supervised.stop_request.on_signal(signal.SIGINT, None)
     assert supervised(MemoryGang(), REMOTE=True)["status"] == "stopped"
 
 
 def test_launcher_that_slept_through_its_replacement_writes_nothing(supervised, monkeypatch):
-    monkeypatch.setattr(RunDirectory, "is_lost", lambda self, *, look=False: look)
+    monkeypatch.setattr(RunDirectory, "is_lost", lambda self, *, refresh=False: refresh)
     gang = MemoryGang(COMPLETE)
     assert supervise_until_left(supervised, gang) is None
-    assert (supervised.run.attempts(), supervised.run.result()) == ([], None)
+    assert (supervised.run.attempts.all(), supervised.run.result()) == ([], None)
 
 
 def test_run_that_is_stopped_before_it_could_begin_begins_nothing(supervised):
@@ -475,7 +477,7 @@ def test_preempted_hosts_are_replaced_and_are_no_restart(supervised):
     save = {"checkpoints": [5]}
     result = supervised(MemoryGang(TAKEN, **save), MemoryGang(COMPLETE), REMOTE=True, max_restarts=0)
     assert result["status"] == "completed"
-    first, _ = supervised.run.attempts()
+    first, _ = supervised.run.attempts.all()
     assert (first["verdict"], first["failure"]["cause"]) == ("preempted", PREEMPTED)
     assert "attempt 2 from step 5" in supervised.said[0]
     assert "restart" not in supervised.said[0]
@@ -499,25 +501,30 @@ def test_preempted_before_each_checkpoint_is_given_up(supervised):
 def lost(supervised):
     """An attempt whose launcher was killed at step 17, a minute in, long ago."""
     run = supervised.run
-    run.add_attempt({"attempt": run.begin_attempt({}), "verdict": "failed", **attempt(0, 5, 5, 60)})
-    number = run.begin_attempt({})
+    run.attempts.append({"attempt": run.attempts.begin({}), "verdict": "failed", **attempt(0, 5, 5, 60)})
+    number = run.attempts.begin({})
     begun = 1_700_000_000.0
-    run.write_report(0, {"host": "here", "processes": 1, "step": 17, "begun": begun, "time": begun + 60.0})
+    run.hosts.write_report(
+        0, {"host": "here", "processes": 1, "step": 17, "begun": begun, "time": begun + 60.0}
+    )
     for step in (5, 10):
         (run.path / "checkpoints" / str(step)).mkdir(parents=True)
-    run.write_where(number, {"begun": begun})
+    run.attempts.write_info(number, {"begun": begun})
     return supervised
 
 
 def test_attempt_that_lives_on_without_its_launcher_is_adopted(lost):
     result = lost(REMOTE=True, adopted=MemoryGang(COMPLETE), begin=False)
     assert (result["status"], lost.backend.attempts) == ("completed", 0)
-    assert [(a["attempt"], a["verdict"]) for a in lost.run.attempts()] == [(1, "failed"), (2, "completed")]
+    assert [(a["attempt"], a["verdict"]) for a in lost.run.attempts.all()] == [
+        (1, "failed"),
+        (2, "completed"),
+    ]
 
 
 def test_lost_attempt_is_accounted_for_by_the_next_launch(lost):
     result = lost(MemoryGang(COMPLETE))
-    _, line, last = lost.run.attempts()
+    _, line, last = lost.run.attempts.all()
     assert (line["attempt"], line["verdict"], line["hosts"]) == (2, "launcher lost", ["here"])
     assert (line["from_step"], line["reached_step"], line["kept_step"], line["steps_lost"]) == (5, 17, 10, 7)
     assert (last["attempt"], last["from_step"], result["attempts"]) == (3, 10, 3)
@@ -525,16 +532,16 @@ def test_lost_attempt_is_accounted_for_by_the_next_launch(lost):
 
 def test_lost_attempt_ended_with_its_last_word_not_with_the_next_launch(lost):
     lost(MemoryGang(COMPLETE))
-    line = lost.run.attempts()[1]
+    line = lost.run.attempts.all()[1]
     assert line["wall_seconds"] == pytest.approx(60, abs=2)
     assert line["started"] == "2023-11-14T22:13:20+00:00"
     assert line["ended"] == "2023-11-14T22:14:20+00:00"
 
 
 def test_lost_attempt_that_never_said_a_word_has_a_line_too(supervised):
-    supervised.run.begin_attempt({})
+    supervised.run.attempts.begin({})
     supervised(MemoryGang(COMPLETE))
-    assert [(a["attempt"], a["verdict"]) for a in supervised.run.attempts()] == [
+    assert [(a["attempt"], a["verdict"]) for a in supervised.run.attempts.all()] == [
         (1, "launcher lost"),
         (2, "completed"),
     ]

@@ -10,7 +10,7 @@ import pytest
 from configs.clusters import SlurmCluster
 from configs.load import load
 from launcher import clusters
-from launcher.backends import slurm
+from launcher.backends import slurm, slurm_commands, srun
 from launcher.plan import Plan, make_plan
 
 RECORDED = Path(__file__).with_name("slurm")
@@ -41,7 +41,7 @@ def submitted(quickstart: Path) -> Callable[..., Plan]:
         batch = cluster.nodes * max(cluster.gpus_per_node, 1)
         return make_plan(
             load(quickstart, [f"train.batch_size={16 * batch}"]),
-            clusters.slurm("some", cluster),
+            clusters.slurm_spec("some", cluster),
             name="quickstart",
             root=root,
             config_file=quickstart,
@@ -93,7 +93,7 @@ def test_srun_starts_a_process_a_gpu_or_a_node(submitted, monkeypatch):
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
 
     def counts(**settings):
-        command = slurm._srun(submitted(**settings), attempt=1)
+        command = srun.srun_command(submitted(**settings), attempt=1)
         return [word for word in command if word.startswith(("--nodes", "--ntasks"))]
 
     assert counts(nodes=2, gpus_per_node=8) == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
@@ -103,14 +103,14 @@ def test_srun_starts_a_process_a_gpu_or_a_node(submitted, monkeypatch):
 
 def test_srun_hands_on_what_sbatch_does_not(submitted, monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
-    assert "--cpus-per-task=8" in slurm._srun(submitted(nodes=2), attempt=1)
+    assert "--cpus-per-task=8" in srun.srun_command(submitted(nodes=2), attempt=1)
 
 
 def test_workers_in_a_container_run_on_its_python_and_see_the_run_directory(submitted):
-    command = slurm._srun(submitted(**SPECS["container"]), attempt=3)
+    command = srun.srun_command(submitted(**SPECS["container"]), attempt=3)
     assert "--container-image=registry.example/podlaunch:1" in command
     assert "--container-mounts=/home/me/runs/quickstart:/home/me/runs/quickstart,/data:/data:ro" in command
-    assert command[-6:] == ["python3", "-P", "-m", "launcher.host", "/home/me/runs/quickstart", "3"]
+    assert command[-7:] == ["python3", "-P", "-m", "podlaunch.host", "task", "/home/me/runs/quickstart", "3"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_workers_in_a_container_run_on_its_python_and_see_the_run_directory(subm
     ],
 )
 def test_what_srun_says_of_a_task_is_an_exit_code(words, code):
-    assert slurm._code(words) == code
+    assert srun._code(words) == code
 
 
 CANCELLED = {"JobState": "COMPLETING", "Restarts": "0", "PreemptTime": "None", "RunTime": "00:01:00",
@@ -145,11 +145,11 @@ CANCELLED = {"JobState": "COMPLETING", "Restarts": "0", "PreemptTime": "None", "
     ],
 )
 def test_only_a_job_that_is_cancelled_is_stopped_by_the_user(fields, restarts, by):
-    assert slurm.stopped_by(CANCELLED | fields, {"SLURM_RESTART_COUNT": str(restarts)}) == by
+    assert slurm_commands.stopped_by(CANCELLED | fields, {"SLURM_RESTART_COUNT": str(restarts)}) == by
 
 
 def test_nothing_known_of_a_job_is_no_reason_not_to_go_on():
-    assert slurm.stopped_by({}, {}) == "preempted"
+    assert slurm_commands.stopped_by({}, {}) == "preempted"
 
 
 def test_options_that_are_zero_are_passed_on(submitted):
@@ -162,11 +162,11 @@ def test_without_squeue_the_state_of_a_job_is_unknown_not_interrupted(submitted,
     monkeypatch.setenv("PATH", "/nowhere")
     plan = submitted(root=str(tmp_path), nodes=2)
     run = RunDirectory(Path(plan.run_directory))
-    run.create(plan)
-    run.begin("12")
+    run.write_plan(plan)
+    run.begin_launch("12")
     assert str(slurm.state(run)) == "unknown: job 12; there is no squeue on this machine"
     run.write_result({"status": "stopped"})
-    assert slurm.state(run).word == "stopped"
+    assert slurm.state(run).status == "stopped"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import configs
-from launcher.cli import main
+from launcher.commands.main import main
 from launcher.providers import OWNER
+from launcher.rundir import run_id
 from tests import tpu_api
 from tests.gcs import BUCKET, Fault
 from tests.gcs import Server as Storage
@@ -38,7 +39,7 @@ def _laptop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HOME", "XDG_CONFIG_HOME", "CLOUDSDK_CONFIG"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launcher.storage.RENEW_SECONDS", 0.05)
+    monkeypatch.setattr("launcher.rundir.lease.RENEW_SECONDS", 0.05)
 
 
 def launch(*arguments: str, cluster: str = "tpu-v4-32") -> Result:
@@ -137,11 +138,11 @@ def test_another_zone_while_the_slice_of_the_run_is_there(api, gcs):
     from launcher.backends import tpu
     from launcher.rundir import RunDirectory
 
-    plan = tpu.settle(_planned())
+    plan = tpu.resolve(_planned())
     run = RunDirectory(plan.run_directory)
     tpu.acquire(plan, run)
-    run.create(plan)
-    run.begin_attempt({})
+    run.write_plan(plan)
+    run.attempts.begin({})
     result = launch("--yes", "--set", "zone=us-east5-a")
     assert_refused(result, "is queued", f"zone: {ZONE}, now us-east5-a", "launch attach quickstart")
     assert len(api.queued_resources) == 1
@@ -240,17 +241,16 @@ def test_gc_knows_names(api):
 
 
 def test_gc_tells_age_cost_and_run_and_deletes_what_it_is_told_to(api, gcs):
-    from launcher.agent import identity
     from launcher.backends import tpu
 
     place = f"{ROOT}/quickstart"
-    plan = tpu.settle(_planned())
+    plan = tpu.resolve(_planned())
     tpu._provider(plan).create(tpu._request(plan, "me:ssh-ed25519 AAAA"))
-    while tpu._provider(plan).condition(tpu._name(plan)).word != "ready":
+    while tpu._provider(plan).condition(tpu._name(plan)).status != "ready":
         pass
     listed = CliRunner().invoke(main, ["gc"])
     assert listed.exit_code == 0, listed.output
-    assert tpu._name(plan).endswith(identity(place)[:6])
+    assert tpu._name(plan).endswith(run_id(place)[:6])
     for words in (tpu._name(plan), ZONE, "v4-32", "ready, 0.0 h", "chip-hours, $", place):
         assert words in listed.stdout
     assert_refused(CliRunner().invoke(main, ["gc", "--delete"]), "--yes")
@@ -277,7 +277,7 @@ def _planned():
 def test_labels_say_whose_it_is_and_what_it_costs(api):
     from launcher.backends import tpu
 
-    labels = tpu._request(tpu.settle(_planned()), None).labels
-    assert labels[OWNER] == tpu.identity(f"{ROOT}/quickstart")
+    labels = tpu._request(tpu.resolve(_planned()), None).labels
+    assert labels[OWNER] == tpu.run_id(f"{ROOT}/quickstart")
     assert (labels["podlaunch-chips"], labels["podlaunch-generation"]) == ("16", "v4")
     assert labels["podlaunch-owner"]

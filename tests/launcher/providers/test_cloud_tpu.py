@@ -65,7 +65,7 @@ def until(tpu, word, name="podlaunch-x"):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         seen.append(tpu.condition(name))
-        if seen[-1].word == word:
+        if seen[-1].status == word:
             return seen
         time.sleep(0.003)
     raise AssertionError(seen)
@@ -148,7 +148,7 @@ def test_topology_instead_of_a_type(tpu, server):
     assert len(tpu.machines("podlaunch-x")) == 2
     assert node_of(server)["acceleratorConfig"] == {"type": "V4", "topology": "2x2x2"}
     assert "acceleratorType" not in node_of(server)
-    assert [f.accelerator_type for f in tpu.ours(OWNER)] == ["V4 2x2x2"]
+    assert [f.accelerator_type for f in tpu.list_labelled(OWNER)] == ["V4 2x2x2"]
 
 
 def test_several_slices(tpu, server):
@@ -216,7 +216,7 @@ def test_held_in_the_queue_and_released(tpu, server):
     server.seconds = 0.3
     server.release()
     assert str(until(tpu, "creating")[-1]) == "creating: queued resource PROVISIONING"
-    assert {c.word for c in until(tpu, "ready")} == {"creating", "ready"}
+    assert {c.status for c in until(tpu, "ready")} == {"creating", "ready"}
 
 
 def test_preempted(tpu, server):
@@ -350,15 +350,15 @@ def test_ours_are_found_in_all_zones(tpu, server):
     for name in ("podlaunch-x", "theirs"):
         until(tpu, "ready", name)
     until(CloudTpu(PROJECT, "us-central1-a"), "ready", "y")
-    found = sorted(tpu.ours(OWNER), key=lambda f: f.name)
-    assert [(f.name, f.zone, f.kind, f.accelerator_type, f.state.word, f.description) for f in found] == [
+    found = sorted(tpu.list_labelled(OWNER), key=lambda f: f.name)
+    assert [(f.name, f.zone, f.kind, f.accelerator_type, f.state.status, f.description) for f in found] == [
         ("podlaunch-x", ZONE, "queued resource", "v4-32", "ready", "run x"),
         ("y", "us-central1-a", "queued resource", "v6e-8", "ready", "run x"),
     ]
     assert found[1].labels == {OWNER: "y-1", "user": "me"}
     assert abs(found[0].created.timestamp() - time.time()) < 60
     del server.queued_resources[QUEUED]
-    left = [f for f in tpu.ours(OWNER) if f.kind == "node"]
+    left = [f for f in tpu.list_labelled(OWNER) if f.kind == "node"]
     assert [f.name for f in left] == ["podlaunch-x-0", "podlaunch-x-1"]
     assert server.rejected == []
 
@@ -532,7 +532,7 @@ def test_another_key_is_let_in_beside_those_that_are_there(server, tpu):
     mine = REQUEST.metadata["ssh-keys"]
     other = "podlaunch:ssh-ed25519 BBBB other"
     for key in (mine, other, other):
-        tpu.let_in("podlaunch-x", key)
+        tpu.authorize("podlaunch-x", key)
     assert node_of(server)["metadata"] == {"ssh-keys": f"{mine}\n{other}"}
     assert sum(1 for method, _ in server.log if method == "PATCH") == 1
     assert server.rejected == []

@@ -1,0 +1,98 @@
+"""SLURM's commands, and what they say of this job."""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+
+from configs.clusters import seconds
+from configs.errors import UserError
+from launcher.machine.slurm import hostnames
+
+PATIENCE_SECONDS = 120.0
+
+
+def run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Raises UserError where this machine does not have the command."""
+    try:
+        return subprocess.run(
+            command, input=text, stdin=None if text else subprocess.DEVNULL, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        raise UserError(f"there is no {command[0]} on this machine; type this where SLURM is") from None
+
+
+def run_until_reachable(
+    *command: str, patience_seconds: float = PATIENCE_SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Run a command again while the controller cannot be reached, since it may be restarting."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        done = run(*command)
+        out_of_reach = done.returncode and re.search(r"contact|connect|timed out", done.stderr, re.IGNORECASE)
+        if not out_of_reach or time.monotonic() > deadline:
+            return done
+        time.sleep(2.0)
+
+
+def message(stderr: str) -> str:
+    """The message of SLURM in one line."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line) for line in stderr.strip().splitlines()]
+    return "; ".join(lines) or "it does not say why"
+
+
+def job_id() -> str:
+    return os.environ["SLURM_JOB_ID"]
+
+
+def job_nodes() -> list[str]:
+    return hostnames(os.environ["SLURM_JOB_NODELIST"])
+
+
+def job_seconds(field: str) -> float:
+    """Seconds of the time limit of this job (`%l`), or of the rest of its time (`%L`); infinite where unknown."""
+    limit = parse_limit(run("squeue", "--noheader", f"--jobs={job_id()}", f"--format={field}").stdout.strip())
+    return math.inf if limit is None else limit
+
+
+def job_fields(patience_seconds: float = 0.0) -> dict[str, str]:
+    """Fields of `scontrol show job`; empty where SLURM cannot be asked, as in a container."""
+    if not shutil.which("scontrol"):
+        return {}
+    command = ["scontrol", "--oneliner", "show", "job", job_id()]
+    text = run_until_reachable(*command, patience_seconds=patience_seconds).stdout
+    # Reversed, so that the first of two fields wins: a job's comment, at the end, may look like any field.
+    return dict(reversed(re.findall(r"(\w+)=(\S*)", text)))
+
+
+def was_requeued(fields: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the job was requeued since it began."""
+    return int(fields.get("Restarts", 0)) > int(environment.get("SLURM_RESTART_COUNT", 0))
+
+
+def stopped_by(fields: Mapping[str, str], environment: Mapping[str, str]) -> str:
+    """`stopped` where a user cancelled the job, else `preempted`.
+
+    SLURM does not record a cancellation while the job ends, so all other reasons are excluded.
+    """
+    is_ending = fields.get("JobState") in ("COMPLETING", "CANCELLED")
+    is_over = seconds(fields.get("RunTime", "0")) >= seconds(fields.get("TimeLimit", "UNLIMITED"))
+    is_preempted = was_requeued(fields, environment) or fields.get("PreemptTime", "None") != "None"
+    has_lost_nodes = fields.get("Reason") in ("NodeDown", "PartitionDown")
+    return "preempted" if not is_ending or is_over or is_preempted or has_lost_nodes else "stopped"
+
+
+def current_stop_cause() -> str:
+    """Who ends the step of the user's own srun: `stopped` or `preempted`."""
+    return stopped_by(job_fields(), os.environ)
+
+
+def parse_limit(text: str) -> float | None:
+    """Seconds of a time limit; None for what is no time."""
+    try:
+        return seconds(text)
+    except ValueError:  # such as n/a
+        return None

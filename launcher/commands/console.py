@@ -1,0 +1,169 @@
+"""What `launch` prints of a run: the plan, the live line, the result, new lines of logs."""
+
+import os
+import shlex
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from launcher.plan import Plan
+    from launcher.rundir import RunDirectory
+
+
+PROGRESS_SECONDS = 2.0
+
+
+def echo(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        # Ctrl-C also ends the reader of `launch … | tee log`, while the run has yet to save.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_plan(plan: "Plan") -> None:
+    mesh, model = plan.mesh, plan.config["model"]
+    rows = {
+        "run": f"{plan.name}  ({plan.config_file})",
+        "cluster": f"{plan.cluster}: {plan.processes} process{'es' * (plan.processes > 1)} × "
+        f"{plan.devices_per_process} {plan.platform} = {plan.devices} device{'s' * (plan.devices > 1)}",
+        "mesh": f"batch {mesh['batch']} × model {mesh['model']}",
+        "batch": f"{plan.global_batch} global, {plan.per_device_batch} per device",
+        "steps": f"{plan.steps} ({plan.epochs:.4g} epochs of {plan.steps_per_epoch:.4g} steps)",
+        "model": f"{model['name']}, {plan.parameters:,} parameters, {model['dtype']}",
+        "directory": plan.run_directory,
+    }
+    for label, text in rows.items():
+        click.echo(f"{label:<12}{text}")
+
+
+def print_result(
+    plan: "Plan", directory: "RunDirectory", result: dict[str, Any], *, again: bool = True
+) -> None:
+    """How a run ended, and where its files are; `again`: with the command line that resumes it."""
+    from launcher.supervise import describe_failure
+
+    metrics, steps = result["metrics"], directory.checkpoint_steps()
+    attempts = f"{result['attempts']} attempt{'s' * (result['attempts'] > 1)}"
+    echo(
+        f"\n{result['status']:<12}step {result['step']} (epoch {result['epoch']:.4g}), {attempts}, {duration(result['wall_seconds'])}"
+    )
+    if result["failure"]:
+        echo(f"{'cause':<12}{describe_failure(result['failure'])}")
+        for line in result["failure"]["lines"]:
+            echo(f"            | {line}")
+        echo(f"{'logs':<12}{directory.hosts.logs(directory.attempts.last())}")
+    if "eval/accuracy" in metrics:
+        echo(
+            f"{'result':<12}{metrics['eval/accuracy']:.2%} of {metrics['eval/count']} held-out images, "
+            f"eval loss {metrics['eval/loss']:.4f}"
+        )
+    if steps:
+        echo(f"{'checkpoints':<12}{directory.checkpoints()} (newest: step {steps[-1]})")
+    echo(f"{'look':<12}tensorboard --logdir {shlex.quote(directory.tensorboard())}")
+    if again and result["status"] != "completed":
+        mend = "mend it, then " if result["failure"] and not result["failure"]["retryable"] else ""
+        echo(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def progress_text(plan: "Plan", report: dict[str, Any]) -> str:
+    """One line: step, epoch, loss, accuracy, images/s, share of time waiting for data, ETA."""
+    step, speed = report.get("step", 0), report.get("speed/images_per_second")
+    phase = report.get("phase", "starting")
+    if speed is None:
+        return f"{phase} …"
+    text = (
+        f"step {step}/{plan.steps}  epoch {report['epoch']:.2f}/{plan.epochs:.4g}  "
+        f"loss {report['train/loss']:.4f}  accuracy {report['train/accuracy']:.2%}  "
+        f"{speed:,.0f} images/s  data wait {report['speed/data_wait_share']:.0%}{input_text(report)}  "
+        f"ETA {duration((plan.steps - step) * plan.global_batch / speed)}"
+    )
+    if "eval/accuracy" in report:
+        text += f"  eval {report['eval/accuracy']:.2%}"
+    return text if phase == "training" else f"{text}  ({phase})"
+
+
+def input_text(report: dict[str, Any]) -> str:
+    """The bottleneck, and figures of reading where images are read, in brackets."""
+    words = [report["bound"]] if "bound" in report else []
+    if "data/ready_batches" in report:
+        words.append(f"{report['data/ready_batches']} ready")
+    if "data/get_p50_ms" in report:
+        times = "/".join(f"{report[f'data/get_p{q}_ms']:.0f}" for q in (50, 95, 99))
+        words.append(f"GET p50/95/99 {times} ms")
+    if "data/cache_hit_share" in report:
+        words.append(f"cache {report['data/cache_hit_share']:.0%}")
+    if report.get("data/hedges"):
+        words.append(f"hedges {report['data/hedges']}, won {report['data/hedges_won']}")
+    troubles = {"retries": "retries", "checksum_failures": "checksum failures", "bad_records": "bad records"}
+    words += [
+        f"{report[f'data/{key}']} {name}" for key, name in troubles.items() if report.get(f"data/{key}")
+    ]
+    return f" ({', '.join(words)})" if words else ""
+
+
+class Progress:
+    """The live line: redrawn in place in a terminal, elsewhere a plain line each time it changes."""
+
+    def __init__(self, plan: "Plan", plain_seconds: float = PROGRESS_SECONDS):
+        self._plan, self._plain_seconds = plan, plain_seconds
+        self._last = ""
+        self._printed = 0.0
+        self._attempt = 0
+        self._live: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(refresh_per_second=5, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def print(self, text: str) -> None:
+        """Print a line that stays above the live line."""
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            echo(text)
+
+    def update(self, attempt: int, report: dict[str, Any]) -> None:
+        if report.get("start") and attempt > self._attempt:
+            self._attempt = attempt
+            self.print(f"resuming from step {report['start']}")
+        text = progress_text(self._plan, report)
+        if self._live:
+            from rich.text import Text
+
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+            return
+        starting = text.endswith("…")
+        due = starting or time.monotonic() - self._printed > self._plain_seconds
+        if text != self._last and due:
+            echo(text)
+            self._last, self._printed = text, time.monotonic()
+
+
+def print_new_lines(
+    directory: "RunDirectory", attempt: int, process: int, offsets: dict[tuple[int, int], int], *, prefix: str
+) -> None:
+    """Print the complete lines that were added to a log since `offsets`."""
+    offset = offsets.get((attempt, process), 0)
+    content = directory.hosts.read_log(attempt, process, offset)
+    whole = content[: content.rfind(b"\n") + 1]
+    offsets[attempt, process] = offset + len(whole)
+    for line in whole.decode("utf-8", errors="replace").splitlines():
+        click.echo(f"{prefix}{line}")

@@ -1,0 +1,211 @@
+"""The commands `launch data …`: from images to a dataset that training streams.
+
+Beside host/worker.py the one file of launcher/ that imports trainer: only trainer.data, inside functions, never jax.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from configs.errors import UserError
+from configs.google import UnreachableError
+from launcher.commands import data_report
+from launcher.commands.arguments import Recipe
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+
+class DataCommand(click.Command):
+    """A permanent error of storage becomes one line, as every mistake of the user."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UnreachableError as e:
+            raise UserError(f"{e}; run it again") from None
+        except BrokenPipeError:
+            raise  # click handles it
+        except OSError as e:
+            where = f"{e.filename}: " if e.filename else ""
+            raise UserError(f"{where}{e.strerror or e}") from None
+
+
+class DataCommands(click.Group):
+    command_class = DataCommand
+
+
+def check_datasets(config: "RunConfig") -> None:
+    """Open the datasets of a run, so that their errors are shown before anything is created. Raises UserError."""
+    from trainer.data.records import open_datasets
+
+    try:
+        open_datasets(config)
+    except UnreachableError as e:
+        raise UserError(f"{e}; try again") from None
+
+
+@click.group(cls=DataCommands)
+def data() -> None:
+    """Bring images: convert, index, verify, inspect, order."""
+
+
+_jobs = click.option(
+    "--jobs", type=click.IntRange(min=1), default=os.cpu_count(), help="Processes. Default: one a core."
+)
+_first_label = click.option(
+    "--first-label",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="The smallest label of SRC, subtracted from all: 1 for the TFRecords of 1,001 classes.",
+)
+
+
+@data.command()
+@click.argument("kind", type=click.Choice(["imagefolder", "tfrecord", "webdataset", "parquet"]))
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.option(
+    "--resize", type=click.IntRange(min=8), help="Shrink larger images to this short side in pixels."
+)
+@click.option(
+    "--shard-mib",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Size of a shard, before --resize.",
+)
+@click.option(
+    "--classes", help="Take the class names, and so the labels, of this dataset: that of train for eval."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Shuffles an imagefolder."
+)
+@_first_label
+@_jobs
+def convert(
+    kind: str, source: str, destination: str, resize: int | None, shard_mib: int, classes: str | None,
+    seed: int, first_label: int, jobs: int,
+) -> None:  # fmt: skip
+    """Write the images of SRC as a dataset at DST.
+
+    SRC and DST are folders or gs://bucket/prefix; SRC may end in a pattern, as in data/train-*. Run again, a
+    conversion that was ended goes on. Nothing is a dataset before all of it is there.
+    """
+    from trainer.data.tools import convert as tool
+
+    settings = tool.Settings(
+        kind=kind,
+        resize=resize,
+        shard_mib=shard_mib,
+        first_label=first_label,
+        seed=seed,
+        classes=tool.read_classes(classes) if classes is not None else None,
+    )
+    with data_report.progress_bar("images") as begin:
+        manifest = tool.convert(source, destination, settings, jobs=jobs, begin=begin)
+    data_report.print_published(destination, manifest)
+
+
+@data.command()
+@click.argument("source", metavar="SRC")
+@click.option("--to", "destination", help="Folder or gs:// prefix for the table. Default: beside the shards.")
+@_first_label
+@_jobs
+def index(source: str, destination: str | None, first_label: int, jobs: int) -> None:
+    """Make a dataset of the shards at SRC, which stay as they are.
+
+    Shards are ArrayRecord (group_size:1,uncompressed), TFRecord or WebDataset tar. SRC may end in a pattern,
+    as in gs://bucket/imagenet/train-*; then --to says where its table goes.
+    """
+    from trainer.data.tools.index import index as run
+
+    with data_report.progress_bar("records") as begin:
+        manifest = run(source, destination, first_label=first_label, jobs=jobs, begin=begin)
+    data_report.print_published(destination or source, manifest)
+
+
+@data.command()
+@click.argument("path")
+@click.option(
+    "--decode/--no-decode", default=True, show_default=True, help="Whether to decode each image, too."
+)
+@_jobs
+def verify(path: str, decode: bool, jobs: int) -> None:
+    """Read each record of the dataset at PATH, and name those that are damaged."""
+    from trainer.data.table import open_dataset
+    from trainer.data.tools.verify import verify as run
+
+    dataset = open_dataset(path)
+    with data_report.progress_bar("records") as begin:
+        progress = begin(len(dataset.objects), sum(obj.size for obj in dataset.objects))
+        bad = run(dataset, decode=decode, jobs=jobs, progress=progress)
+    for b in bad:
+        click.echo(f"bad         {b.shard} byte {b.offset:,} (record {b.record}): {b.reason}")
+    checked = "read and decoded" if decode else "read"
+    click.echo(f"{'verified':<12}{len(dataset):,} records {checked}, {len(bad) or 'none'} bad")
+    sys.exit(1 if bad else 0)
+
+
+@data.command()
+@click.argument("path")
+@click.option(
+    "--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Write a contact sheet, as PNG."
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), default=64, show_default=True, help="Images of the contact sheet."
+)
+def inspect(path: str, sheet: Path | None, count: int) -> None:
+    """What the dataset at PATH holds, and the lines of a recipe for it."""
+    from trainer.data.table import open_dataset
+    from trainer.data.tools.summary import summarize, write_sheet
+
+    dataset = open_dataset(path)
+    manifest, summary = dataset.manifest, summarize(dataset)
+    shards = sum(obj.size for obj in dataset.objects)
+    rows = {
+        "dataset": path,
+        "shards": f"{len(dataset.objects):,} of {manifest.format}, {data_report.size(shards)}",
+        "records": f"{len(dataset):,}, mean {data_report.size(summary.mean)} "
+        f"({data_report.size(summary.smallest)} to {data_report.size(summary.largest)})",
+        "digest": manifest.digest,
+    }
+    if manifest.base:
+        rows["base"] = manifest.base
+    for label, text in rows.items():
+        click.echo(f"{label:<12}{text}")
+    data_report.print_classes(summary.counts, manifest.classes)
+    if summary.sorted_by_class:
+        click.echo(
+            "order       neighbours share their class, so data.shuffle = blocks would mix poorly: "
+            "convert the images, or set data.shuffle=global"
+        )
+    data_report.print_recipe(path, len(dataset), len(summary.counts))
+    if sheet is not None:
+        click.echo(f"\n{write_sheet(dataset, sheet, count)} images in {sheet}")
+
+
+@data.command()
+@click.argument("config", type=Recipe())
+@click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
+@click.option("--hosts", type=click.IntRange(min=1), default=1, show_default=True, help="Hosts of the run.")
+@click.option("--host", type=click.IntRange(min=0), help="Only what this host reads. Default: all hosts.")
+@click.option(
+    "--start", type=click.IntRange(min=0), default=0, show_default=True, help="First position: images so far."
+)
+@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Lines.")
+def order(
+    config: Path, overrides: tuple[str, ...], hosts: int, host: int | None, start: int, count: int
+) -> None:
+    """The samples that training on CONFIG will see, one a line: POSITION SHARD RECORD LABEL."""
+    from configs.load import load
+    from trainer.data.tools.keys import keys
+
+    if host is not None and host >= hosts:
+        raise UserError(f"--host {host}: of --hosts {hosts}, hosts are 0 to {hosts - 1}")
+    for key in keys(load(config, overrides), hosts=hosts, host=host, start=start, num_keys=count):
+        click.echo(f"{key.position} {key.shard} {key.record} {key.label}")

@@ -1,0 +1,157 @@
+"""How a run is executed: supervised from here, submitted to a scheduler, or followed where it goes on."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from configs.errors import UserError
+from launcher.commands import console
+from launcher.commands.runs import check_not_in_another_job, states
+
+if TYPE_CHECKING:
+    from launcher.gang import Executor
+    from launcher.plan import Plan
+    from launcher.rundir import RunDirectory
+
+JOB_PROGRESS_SECONDS = 60.0
+
+
+def train(
+    plan: "Plan", run: "RunDirectory", executor: "Executor", *, requeue: bool, begin: bool, yes: bool = False,
+    detach: bool = False,
+) -> int:  # fmt: skip
+    """Supervise the run from here; its exit code.
+
+    `begin`: this is a new launch, not the next job of one; `requeue`: have the job requeued where the run is saved
+    and not yet done; `detach`: only until the workers have begun.
+    """
+    from launcher import backends
+    from launcher.rundir import RunHeldError
+    from launcher.supervise import EXIT_DONE, EXIT_SAVED, StopRequest, exit_code, supervise
+
+    job = executor.job_info()["job"]
+    if executor.REMOTE and run.is_running():
+        click.echo("waiting     to see whether the launcher that had this run is still there")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run.locked())
+        if executor.REMOTE and not begin and run.result() is not None:
+            raise RunHeldError(f"run {plan.name} has ended meanwhile")
+        run.claim_checkpoints(plan)
+        if executor.REMOTE and begin:
+            _acquire(plan, run, yes=yes)
+        stop_request = stack.enter_context(_stopped_by_signals(StopRequest(workers_outlive=executor.REMOTE)))
+        seconds = JOB_PROGRESS_SECONDS if requeue else console.PROGRESS_SECONDS
+        progress = stack.enter_context(console.Progress(plan, seconds))
+        run.write_plan(plan)
+        if begin:
+            run.begin_launch(job)
+        else:
+            run.job.write_id(job)
+
+        detached = False
+
+        def on_progress(attempt: int, report: dict[str, Any]) -> None:
+            progress.update(attempt, report)
+            nonlocal detached
+            detached = detach and "pid" in report  # only the report of a worker has a process id
+            stop_request.detach = stop_request.detach or detached
+
+        result = supervise(
+            plan, run, executor, stop_request=stop_request, on_progress=on_progress, announce=progress.print
+        )
+        if result is None:
+            why = "another launcher has taken it over" if run.is_lost() else "what it has stays there"
+            progress.print(f"left        {why}; `launch attach {plan.name}` goes on with it")
+            return EXIT_DONE if detached else EXIT_SAVED
+        if executor.REMOTE:
+            progress.print("deleting what was created")
+            progress.print(backends.get_remote(plan.backend).release(plan, run))
+    console.print_result(plan, run, result, again=begin and not requeue)
+    code = exit_code(result)
+    if requeue and code == EXIT_SAVED:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to all processes of the job
+        console.echo(backends.get_queue(plan.backend).requeue(plan, run))
+    elif requeue:
+        backends.get_queue(plan.backend).prevent_requeue()
+    return code
+
+
+def _acquire(plan: "Plan", run: "RunDirectory", *, yes: bool) -> None:
+    """Have missing hosts created, with the user's consent. Raises UserError; then nothing is created."""
+    from launcher import backends
+
+    remote = backends.get_remote(plan.backend)
+    quote = remote.quote(plan, run)
+    if quote is not None:
+        click.echo(f"to create   {quote}")
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UserError(
+                    "what is to be created costs money, and nothing was created; say --yes to create it"
+                )
+            click.confirm("Create it?", abort=True)
+    remote.acquire(plan, run)
+
+
+def submit(plan: "Plan", run: "RunDirectory") -> None:
+    """Submit the job that runs the plan. Raises UserError; then nothing is left behind."""
+    from launcher import backends
+
+    with run.rolled_back_on_error(), run.locked():
+        check_not_in_another_job(run)  # once more: another launch may have submitted it meanwhile
+        run.claim_checkpoints(plan)
+        run.job.exclude_nodes([])
+        job = backends.get_queue(plan.backend).submit(plan, run)
+        run.write_plan(plan)
+        run.begin_launch(job)
+    click.echo(f"job         {job}")
+
+
+def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
+    """Show the progress of a run until it ends; its exit code. Ctrl-C leaves the run as it is."""
+    from launcher.supervise import EXIT_CODES, EXIT_STOPPED, describe_failure, exit_code
+
+    begun, num_shown, shown = time.time(), len(run.attempts.all()), ""
+    try:
+        with console.Progress(plan) as progress:
+            for state in states(run):
+                for attempt in run.attempts.all()[num_shown:]:
+                    num_shown += 1
+                    if attempt["failure"]:
+                        progress.print(describe_failure(attempt["failure"]))
+                if state.is_active and str(state) != shown:
+                    progress.print(str(state))
+                    shown = str(state)
+                report = run.hosts.report(0)
+                if state.status == "running" and report.get("time", 0) > begun:
+                    progress.update(run.attempts.last(), report)
+    except KeyboardInterrupt:
+        where = f", in job {run.job.id()}" if run.job.id() else ""
+        click.echo(
+            f"\nleft running{where}: `launch attach {plan.name}` follows it, "
+            f"`launch stop {plan.name}` has it save and end"
+        )
+        return EXIT_STOPPED
+    result = run.result()
+    if result is None or result["status"] != state.status:
+        click.echo(f"run {plan.name} is {state}; see {run.location}/logs, and `launch` again to resume")
+        return EXIT_CODES.get(state.status, EXIT_CODES["failed"])
+    console.print_result(plan, run, result, again=again)
+    return exit_code(result)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop_request: Any) -> Iterator[Any]:
+    """Ctrl-C and SIGTERM set `stop_request` while a run is supervised."""
+    signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if stop_request.workers_outlive else [])]
+    before = {s: signal.signal(s, stop_request.on_signal) for s in signals}
+    try:
+        yield stop_request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,101 @@
+"""Commands that look at runs: status, attach, logs, list, tensorboard."""
+
+import contextlib
+import os
+import sys
+import time
+
+import click
+
+from configs.errors import UserError
+from launcher.commands import console, execution
+from launcher.commands.arguments import root_option
+from launcher.commands.runs import backend_of, find_run, is_remote, plan_of, state_of, states
+
+
+@click.command()
+@click.argument("name", required=False)
+@root_option
+def status(name: str | None, root: str) -> None:
+    """How a run stands; without NAME, the one launched last."""
+    from launcher.supervise import describe_failure
+
+    run = find_run(root, name)
+    report = run.hosts.report(0)
+    click.echo(f"run         {run.name} ({state_of(run)})")
+    click.echo(f"directory   {run.location}")
+    if report:
+        click.echo(f"progress    {console.progress_text(plan_of(run), report)}")
+        click.echo(f"last word   {time.time() - report['time']:.0f} s ago, {report.get('phase')}")
+    click.echo(f"checkpoints {', '.join(map(str, run.checkpoint_steps())) or 'none yet'}")
+    for a in run.attempts.all():
+        job = (
+            f", job {a['job']}" + f" requeued {a['restart_count']}×" * (a["restart_count"] > 0)
+            if a.get("job")
+            else ""
+        )
+        click.echo(
+            f"attempt {a['attempt']:<4}{a['verdict']}, steps {a['from_step']} to {a['reached_step']} "
+            f"in {console.duration(a['wall_seconds'])}{job}"
+        )
+        if a["failure"]:
+            click.echo(f"            {describe_failure(a['failure'])}")
+
+
+@click.command()
+@click.argument("name", required=False)
+@root_option
+def attach(name: str | None, root: str) -> None:
+    """Follow a run that goes on elsewhere, and look after it where nobody does."""
+    from launcher.rundir import RunHeldError
+
+    run = find_run(root, name)
+    plan = plan_of(run)
+    if is_remote(run) and state_of(run).is_active:
+        with contextlib.suppress(RunHeldError):  # then another launcher looks after it
+            sys.exit(execution.train(plan, run, backend_of(run), requeue=False, begin=False))
+    sys.exit(execution.follow(plan, run, again=False))
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on as lines are written, until the run ends.")
+@click.option("--host", type=click.IntRange(min=0), help="Only this host.")
+@root_option
+def logs(name: str | None, follow: bool, host: int | None, root: str) -> None:
+    """Logs of the newest attempt, each line with its host."""
+    run = find_run(root, name)
+    processes = plan_of(run).processes
+    if host is not None and host >= processes:
+        raise UserError(f"--host {host}: the run has hosts 0 to {processes - 1}")
+    hosts = range(processes) if host is None else [host]
+    offsets: dict[tuple[int, int], int] = {}
+    for _ in states(run) if follow else [None]:
+        attempt = run.attempts.last()
+        for h in hosts:
+            prefix = f"[host {h}] " if host is None else ""
+            console.print_new_lines(run, attempt, h, offsets, prefix=prefix)
+
+
+@click.command("list")
+@root_option
+def list_runs(root: str) -> None:
+    """All runs, the one launched last first."""
+    from launcher import rundir
+
+    found = rundir.list_runs(root)
+    if not found:
+        click.echo(f"no runs in {root}")
+    for run in found:
+        plan, step = plan_of(run), run.hosts.report(0).get("step", 0)
+        click.echo(f"{run.name:<24} {state_of(run).status:<12} step {step}/{plan.steps:<10} {plan.cluster}")
+
+
+@click.command()
+@click.argument("name", required=False)
+@root_option
+def tensorboard(name: str | None, root: str) -> None:
+    """Open TensorBoard on one run, or on all of --root."""
+    run = find_run(root, name)
+    logdir = root if name is None else run.tensorboard()
+    os.execvp(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])

@@ -1,0 +1,67 @@
+"""Commands that tell what may be written: the names of clusters, and the schema of recipes."""
+
+import json
+from pathlib import Path
+
+import click
+
+from configs.errors import UserError
+
+
+@click.command()
+@click.argument("kind", required=False)
+def clusters(kind: str | None) -> None:
+    """The clusters that --cluster knows; with KIND = tpu, the slices of Cloud TPUs."""
+    from configs.clusters import named_clusters
+    from launcher.clusters import KINDS, default_cluster, from_settings
+
+    if kind == "tpu":
+        return _print_tpus()
+    if kind is not None:
+        raise UserError(f"clusters {kind}: allowed: tpu, or nothing")
+    for pattern, meaning in KINDS.items():
+        click.echo(f"{pattern:<12} {meaning}")
+    for name, cluster in named_clusters().items():
+        spec = from_settings(name, cluster)
+        hosts = "VMs" if spec.backend == "tpu" else "nodes"
+        click.echo(
+            f"{name:<12} {spec.processes} × {spec.devices_per_process} {spec.platform} on {spec.hosts} {hosts}"
+        )
+    try:
+        spec = default_cluster()
+        click.echo(
+            f"{'default':<12} {spec.name}: {spec.processes} × {spec.devices_per_process} {spec.platform}"
+        )
+    except UserError as e:
+        click.echo(f"{'default':<12} none: {e}")
+
+
+def _print_tpus() -> None:
+    from launcher.accelerators import GENERATIONS, tpu_slice
+
+    row = "{:<17} {:<9} {:>6} {:>5} {:>12} {:>12}   {}".format
+    click.echo(row("--cluster", "topology", "chips", "VMs", "GiB a chip", "JAX devices", "runtime"))
+    for generation in GENERATIONS.values():
+        for size in generation.sizes:
+            one, name = tpu_slice(generation, size), f"tpu-{generation.name}-{size}"
+            hbm, devices = generation.hbm_gib, one.vms * one.devices_per_vm
+            click.echo(row(name, one.topology, one.chips, one.vms, hbm, devices, generation.runtime))
+    in_cores = ", ".join(g.name for g in GENERATIONS.values() if g.counts == "cores")
+    click.echo(f"A size counts cores, two a chip, on {in_cores}, and chips on the others.")
+    click.echo("A topology may stand for it, as in tpu-v4-2x2x4; xN behind either is N slices.")
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
+def schema(file: Path | None) -> None:
+    """JSON schema of recipes, for editors."""
+    from configs.schema import json_schema
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if file is None:
+        click.echo(text, nl=False)
+    else:
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as e:
+            raise UserError(f"{file} cannot be written: {e.strerror}") from None

@@ -1,0 +1,83 @@
+"""`launch run` and `launch plan`: from a recipe to a run, or to its plan."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from configs.errors import UserError
+from launcher.commands import console, execution
+from launcher.commands.arguments import make_plan, planning_arguments
+from launcher.commands.data import check_datasets
+from launcher.commands.runs import check_can_resume, check_not_in_another_job, is_complete, state_of
+
+
+@click.command()
+@planning_arguments
+@click.option("--dry-run", is_flag=True, help="Print the plan and the commands, and stop.")
+@click.option(
+    "--yes", is_flag=True, help="Do not ask before creating TPUs, or going on with changed settings."
+)
+@click.option("--detach", is_flag=True, help="Do not follow the job, or the workers once they have begun.")
+@click.option("--requeue", is_flag=True, help="In a batch script: saved and not yet done, requeue the job.")
+def run(
+    config: Path, overrides: tuple[str, ...], dry_run: bool, yes: bool, detach: bool, requeue: bool,
+    **planning: Any,
+) -> None:  # fmt: skip
+    """Train CONFIG, or go on with it where it was left."""
+    from launcher import backends
+    from launcher.rundir import RunDirectory
+
+    plan = make_plan(config, overrides, **planning)
+    backend = backends.get(plan.backend)
+    if backend.REMOTE:
+        plan = backends.get_remote(plan.backend).resolve(plan)
+    if requeue and (backend.job_info()["job"] is None or plan.submission is not None):
+        raise UserError("--requeue belongs into the batch script of a SLURM job, without --cluster")
+    if detach and plan.submission is None:
+        raise UserError(f"--detach: cluster {plan.cluster} has no queue; its processes end with `launch`")
+    if dry_run:
+        console.print_plan(plan)
+        click.echo(backend.render(plan))
+        return
+    directory = RunDirectory(plan.run_directory)
+    check_not_in_another_job(directory)
+    changes = check_can_resume(plan, directory)
+    if is_complete(plan, directory):
+        return
+    if changes and backend.REMOTE and (state := state_of(directory)).is_active:
+        raise UserError(
+            f"run {plan.name} is {state}, with other settings ({'; '.join(changes)}): go on with `launch attach "
+            f"{plan.name}`, or end it first with `launch stop {plan.name}`"
+        )
+    if plan.config["data"]["source"] == "records" and plan.submission is None:
+        check_datasets(plan.run_config())  # elsewhere the datasets may be within reach of the hosts alone
+    console.print_plan(plan)
+    for change in changes:
+        click.echo(f"changed     {change}")
+    if changes and not yes and sys.stdin.isatty():
+        click.confirm("Go on with this run?", default=True, abort=True)
+    if plan.submission is None or backend.REMOTE:
+        backend.check(plan)
+        is_requeued = requeue and directory.job.id() == backend.job_info()["job"]
+        sys.exit(
+            execution.train(
+                plan, directory, backend, requeue=requeue, begin=not is_requeued, yes=yes, detach=detach
+            )
+        )
+    execution.submit(plan, directory)
+    if not detach:
+        sys.exit(execution.follow(plan, directory))
+
+
+@click.command()
+@planning_arguments
+@click.option("--json", "as_json", is_flag=True, help="The plan as JSON, as a run would keep it.")
+def plan(config: Path, overrides: tuple[str, ...], as_json: bool, **planning: Any) -> None:
+    """Show what `run` would do, and check all of it."""
+    made = make_plan(config, overrides, **planning)
+    if as_json:
+        click.echo(made.to_json())
+    else:
+        console.print_plan(made)

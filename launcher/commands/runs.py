@@ -1,0 +1,141 @@
+"""Runs that exist: the one that a command names, its plan, backend and state, and whether a plan can resume it."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from configs.errors import UserError
+from launcher.commands import console
+
+if TYPE_CHECKING:
+    from launcher.gang import Backend, State
+    from launcher.plan import Plan
+    from launcher.rundir import RunDirectory
+
+FOLLOW_SECONDS = 0.3
+
+
+def find_run(root: str, name: str | None) -> "RunDirectory":
+    """The run called `name`, or the one launched last. Raises UserError, with the nearest name."""
+    from configs.load import nearest
+    from launcher.rundir import list_runs
+
+    found = list_runs(root)
+    if not found:
+        raise UserError(f"no runs in {root}; give the --root that `launch` was given")
+    if name is None:
+        return found[0]
+    for run in found:
+        if run.name == name:
+            return run
+    names = [r.name for r in found]
+    raise UserError(f"no run {name!r} in {root}{nearest(name, names)} (there are: {', '.join(names)})")
+
+
+def plan_of(run: "RunDirectory") -> "Plan":
+    plan = run.plan()
+    assert plan is not None
+    return plan
+
+
+def backend_of(run: "RunDirectory") -> "Backend":
+    from launcher import backends
+
+    return backends.get(plan_of(run).backend)
+
+
+def is_remote(run: "RunDirectory") -> bool:
+    """Whether `launch` reaches the hosts of a run by ssh; those of `launch worker` it does not."""
+    return backend_of(run).REMOTE and plan_of(run).submission is not None
+
+
+def state_of(run: "RunDirectory") -> "State":
+    return backend_of(run).state(run)
+
+
+def states(run: "RunDirectory") -> Iterator["State"]:
+    """The state of a run, several times a second, until the run ends.
+
+    A scheduler is asked rarely: when the run directory has news, or while process 0 does not report.
+    """
+    backend = backend_of(run)
+    due, before, report_before = -math.inf, None, None
+    while True:
+        news, report = (run.attempts.last(), run.result()), run.hosts.report(0).get("time")
+        ask = news != before or time.monotonic() >= due
+        if ask:
+            state = backend.state(run)
+        if ask or report != report_before:
+            due = time.monotonic() + backend.POLL_SECONDS
+        before, report_before = news, report
+        yield state
+        if not state.is_active:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def check_not_in_another_job(run: "RunDirectory") -> None:
+    """Raises UserError where a job runs the run already. A launcher on this machine holds the lock."""
+    if run.plan() is None:
+        return
+    state = state_of(run)
+    if run.job.id() != backend_of(run).job_info()["job"] and state.is_active:
+        raise UserError(
+            f"run {run.name} is {state.status} in job {run.job.id()}: follow it with `launch attach "
+            f"{run.name}`, end it with `launch stop {run.name}`, or begin another with --name"
+        )
+
+
+def check_can_resume(plan: "Plan", run: "RunDirectory") -> list[str]:
+    """Changes of where and how long the run goes on, as phrases. Raises UserError where `plan` cannot resume it."""
+    from launcher.plan import differences
+
+    old = run.plan()
+    if old is None and run.has_foreign_files():
+        raise UserError(f"{run.location} is not empty and holds no run; choose another --name or --root")
+    changed, steps = differences(old, plan) if old else [], _checkpoints_to_resume(old, plan, run)
+    if changed and steps:  # before the first checkpoint there is nothing to resume
+        raise UserError(
+            f"run {plan.name} was started with other settings ({'; '.join(changed)}): "
+            f"undo them to resume, or begin another run with --name"
+        )
+    if steps and steps[-1] > plan.steps:
+        raise UserError(
+            f"run {plan.name} is at step {steps[-1]} already, past train.steps = {plan.steps}; "
+            f"train longer, or begin another run with --name"
+        )
+    if old is None:
+        return []
+    then = {"cluster": old.cluster, "mesh": old.mesh, "steps": old.steps}
+    now = {"cluster": plan.cluster, "mesh": plan.mesh, "steps": plan.steps}
+    for key in ("project", "zone", "tpu"):  # where the hosts of the run may still be
+        then[key], now[key] = ((p.submission or {}).get(key) for p in (old, plan))
+    return changed + [f"{key}: {then[key]}, now {now[key]}" for key in then if then[key] != now[key]]
+
+
+def _checkpoints_to_resume(old: "Plan | None", plan: "Plan", run: "RunDirectory") -> list[int]:
+    """Steps of the checkpoints. Raises UserError where the run would begin anew in another location."""
+    steps = run.checkpoint_steps(plan)
+    before, now = run.checkpoints(old or plan), run.checkpoints(plan)
+    if before != now:
+        kept = run.checkpoint_steps(old)
+        if kept and (not steps or steps[-1] < kept[-1]):
+            there = f"only up to step {steps[-1]}" if steps else "none"
+            raise UserError(
+                f"run {plan.name} has checkpoints up to step {kept[-1]} in {before}, and {there} in {now}: "
+                "copy them there, or undo the change of checkpoint.directory"
+            )
+    return steps
+
+
+def is_complete(plan: "Plan", run: "RunDirectory") -> bool:
+    """Whether the run has all steps of the plan already; says so."""
+    result = run.result()
+    if result is None or result["status"] != "completed" or result["step"] < plan.steps:
+        return False
+    click.echo(f"run {plan.name} is complete; begin another with --name, or train longer with train.epochs=…")
+    console.print_result(plan, run, result)
+    return True

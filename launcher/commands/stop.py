@@ -1,0 +1,40 @@
+"""`launch stop`: a stop request, and the wait for its effect."""
+
+import contextlib
+import time
+
+import click
+
+from configs.errors import UserError
+from launcher.commands import execution
+from launcher.commands.arguments import root_option
+from launcher.commands.runs import backend_of, find_run, is_remote, plan_of, state_of, states
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the save.")
+@root_option
+def stop(name: str | None, timeout: float, root: str) -> None:
+    """Have a run save and end; one that waits in a queue leaves it."""
+    from launcher import backends
+    from launcher.rundir import RunHeldError
+    from launcher.supervise import write_result
+
+    run = find_run(root, name)
+    plan, backend, state = plan_of(run), backend_of(run), state_of(run)
+    if not state.is_active:
+        click.echo(f"run {run.name} is not running ({state})")
+        return
+    run.request_stop()  # also for a run that begins meanwhile
+    if is_remote(run):
+        with contextlib.suppress(RunHeldError):  # then the launcher that looks after it ends it
+            execution.train(plan, run, backend, requeue=False, begin=False)
+    if state.status == "queued" and not backend.REMOTE:
+        backends.get_queue(plan.backend).cancel(run)
+        write_result(plan, run, "stopped")
+    deadline = time.monotonic() + timeout
+    for state in states(run):
+        if state.is_active and time.monotonic() > deadline:
+            raise UserError(f"run {run.name} has not stopped within {timeout:g} s; see `launch status`")
+    click.echo(f"run {run.name} is {state}")

@@ -1,0 +1,68 @@
+"""Commands for Cloud TPU: a shell on a VM, and what was created and still exists."""
+
+import sys
+
+import click
+
+from configs.errors import UserError
+from launcher.commands.arguments import root_option
+from launcher.commands.runs import find_run, is_remote, plan_of
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@click.argument("name")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", type=click.IntRange(min=0), default=0, show_default=True)
+@root_option
+def ssh(name: str, command: tuple[str, ...], host: int, root: str) -> None:
+    """A shell on a TPU VM of a run, or a command there."""
+    from launcher import backends
+
+    run = find_run(root, name)
+    plan = plan_of(run)
+    if not is_remote(run):
+        raise UserError(
+            f"run {name} is on cluster {plan.cluster}, whose hosts podlaunch does not reach by ssh"
+        )
+    if host >= plan.hosts:
+        raise UserError(f"--host {host}: the run has hosts 0 to {plan.hosts - 1}")
+    sys.exit(backends.get_remote(plan.backend).shell(plan, run, host, command))
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--project", help="Google Cloud project. Default: as gcloud has it.")
+@click.option("--delete", "delete", is_flag=True, help="Delete NAMES, or all of yours whose run is over.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def gc(names: tuple[str, ...], project: str | None, delete: bool, yes: bool) -> None:
+    """TPUs that podlaunch has created and that are still there, with their age and cost."""
+    from launcher.backends import tpu
+
+    leftovers = tpu.leftovers(project)
+    unknown = set(names) - {resource.name for resource in leftovers}
+    if unknown:
+        raise UserError(
+            f"{', '.join(sorted(unknown))}: not among what podlaunch created here; see `launch gc`"
+        )
+    chosen = [resource for resource in leftovers if not names or resource.name in names]
+    if not chosen:
+        click.echo("nothing that podlaunch created is left")
+    for resource in chosen:
+        kind = resource.accelerator_type
+        click.echo(f"{resource.name:<40} {resource.zone:<16} {kind:<14} {tpu.describe(resource)}")
+        click.echo(f"{'':<40} {resource.description}")
+    if not delete:
+        return
+    doomed = [resource for resource in chosen if names or tpu.may_be_deleted(resource)]
+    for resource in chosen:
+        if resource not in doomed:
+            click.echo(
+                f"left        {resource.name}: it is in use, or not yours; name it to delete it all the same"
+            )
+    if doomed and not yes:
+        if not sys.stdin.isatty():
+            raise UserError("--delete asks first, and there is nobody to ask; say --yes")
+        click.confirm(f"Delete {', '.join(resource.name for resource in doomed)}?", abort=True)
+    for resource in doomed:
+        tpu.delete(project, resource)
+        click.echo(f"deleted     {resource.name}")

@@ -1,0 +1,168 @@
+"""The protocols between supervisor, backends and gangs: what each offers to the others.
+
+Hosts' reports come back through the run directory, the same for all backends, so supervise.py never asks which
+backend it has.
+"""
+
+import queue
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from launcher.plan import Plan
+from launcher.rundir import RunDirectory
+
+# Cause of an Exit: the host was taken away. This is nobody's failure, and the run goes on elsewhere.
+PREEMPTED = "preempted"
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One process ended."""
+
+    process: int
+    code: int
+    """Exit code of the process, or minus the signal that killed it."""
+    host: str = ""
+    """Where the process ran, if the backend knows."""
+    cause: str = ""
+    """What happened, where that is neither an exit code nor a signal."""
+    error: str = ""
+    """What the process itself could not report any more."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run stands."""
+
+    status: str
+    """`queued`, `running`, `completed`, `stopped`, `preempted`, `failed`, `interrupted`, or `unknown` for now."""
+    detail: str = ""
+    """Why the run is queued, or what the scheduler says of its end."""
+
+    @property
+    def is_active(self) -> bool:
+        return self.status in ("queued", "running", "unknown")
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.detail}" if self.detail else self.status
+
+
+class Gang(Protocol):
+    """The processes of one attempt."""
+
+    def poll(self, timeout: float) -> list[Exit]:
+        """Processes that ended since the last call, in that order; waits up to `timeout` seconds for one."""
+        ...
+
+    def request_stop(self) -> None:
+        """Have every process save at a common step and exit with 75."""
+        ...
+
+    def kill(self) -> None:
+        """End the processes that still run, at once."""
+        ...
+
+    def detach(self) -> None:
+        """Let the processes go on without this launcher, if they can."""
+        ...
+
+    def stopped_by(self) -> str:
+        """Who had the gang save and end, if the launcher did not: `stopped` by the user, or `preempted`."""
+        ...
+
+
+class Executor(Protocol):
+    """Starts the gang of an attempt, for the supervisor."""
+
+    REMOTE: bool
+    """The processes outlive their launcher, on hosts that are replaced when they are taken away."""
+
+    def start(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang: ...
+
+    def adopt(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang | None:
+        """The gang of an attempt whose launcher is gone; None where its processes cannot be found."""
+        ...
+
+    def job_info(self) -> dict[str, Any]:
+        """`job` and `restart_count` for the record of an attempt; None for both where there is no scheduler."""
+        ...
+
+    def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
+        """Whether these hosts can take another attempt after a failure. If not, the run has to go on elsewhere."""
+        ...
+
+
+class Backend(Executor, Protocol):
+    POLL_SECONDS: float
+    """`state` is not asked more often, unless the run directory has news."""
+
+    def render(self, plan: Plan) -> str:
+        """The files and commands that would be used, for reading. Pure; a dry run stops here."""
+        ...
+
+    def check(self, plan: Plan) -> None:
+        """Raises UserError where the plan cannot be started from here."""
+        ...
+
+    def state(self, run: RunDirectory) -> State: ...
+
+
+class Queue(Backend, Protocol):
+    """A backend that can have a plan run later, by a launcher in a job of its own."""
+
+    def submit(self, plan: Plan, run: RunDirectory) -> str:
+        """Submit the job that runs the plan; its id. Raises UserError where the scheduler refuses the job."""
+        ...
+
+    def cancel(self, run: RunDirectory) -> None:
+        """Take the job of a run out of the queue, or end it."""
+        ...
+
+    def requeue(self, plan: Plan, run: RunDirectory) -> str:
+        """Have the job in which this is called run once more; a sentence that says what was done."""
+        ...
+
+    def prevent_requeue(self) -> None:
+        """Keep the scheduler from running the job in which this is called once more."""
+        ...
+
+
+class Remote(Backend, Protocol):
+    """A backend whose hosts are created for a run, and cost money until they are deleted."""
+
+    def resolve(self, plan: Plan) -> Plan:
+        """The plan with this machine's defaults filled in, so that another machine can resume it."""
+        ...
+
+    def quote(self, plan: Plan, run: RunDirectory) -> str | None:
+        """What `acquire` would create, and its price; None where the hosts exist. Raises UserError."""
+        ...
+
+    def acquire(self, plan: Plan, run: RunDirectory) -> None:
+        """Request the hosts, which come later. Raises UserError where the request is refused."""
+        ...
+
+    def release(self, plan: Plan, run: RunDirectory) -> str:
+        """Delete the hosts, unless they are to be kept; a sentence that says what was done."""
+        ...
+
+    def shell(self, plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) -> int:
+        """Run a shell, or `command`, on a host; its exit code."""
+        ...
+
+
+def recorded_state(run: RunDirectory) -> State:
+    """The state of a run without a launcher, as its result says."""
+    result = run.result()
+    return State(result["status"] if result else "interrupted")
+
+
+def drain(items: "queue.SimpleQueue[Any]", timeout: float) -> list[Any]:
+    """All items of a queue; waits up to `timeout` seconds for the first."""
+    found = []
+    try:
+        found.append(items.get(timeout=timeout))
+        while True:
+            found.append(items.get_nowait())
+    except queue.Empty:
+        return found

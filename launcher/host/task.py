@@ -1,0 +1,208 @@
+"""A task of a SLURM step: starts the worker of one process on its node and watches it.
+
+As a program it does so for a launcher elsewhere, through srun: it reports in lines of JSON on its standard output,
+and on its standard input `stop` has the worker save and end, while end of file ends the worker at once.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from launcher.host.external import CANCELLED, REFUSED, REFUSED_MESSAGE
+from launcher.host.process import HEARTBEAT_SECONDS, shell_exit_code, start_worker, worker_environment
+from launcher.machine.devices import num_nvidia_gpus
+from launcher.machine.network import address, reserve_port
+from launcher.machine.slurm import SlurmTask, current_task
+from launcher.plan import Plan
+from launcher.rundir import RunDirectory
+
+INTERFACE = "LAUNCH_INTERFACE"
+RENDEZVOUS_SECONDS = 600.0
+POLL_SECONDS = 0.1
+
+
+class SlurmTaskHost:
+    """The worker of one task, from the rendezvous with the other tasks to its end."""
+
+    def __init__(self, task: SlurmTask, run: RunDirectory):
+        self.task, self._run = task, run
+        self.node = task.node
+        self._lock = threading.RLock()  # a signal handler may find its own thread holding the lock
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+        self._port: socket.socket | None = None
+
+    def start(self, attempt: int | None = None) -> bool:
+        if attempt is not None:
+            self._check_visible(attempt)
+        if self.task.process == 0:
+            assert attempt is not None
+            attempt, coordinator = self._announce(attempt)
+        else:
+            attempt, coordinator = self._wait_for_process_0()
+        if attempt == REFUSED:
+            raise UserError(REFUSED_MESSAGE)
+        if attempt == CANCELLED:
+            return False
+        plan = self._run.plan()
+        assert plan is not None  # written before the attempt began
+        environment = {
+            **_network_environment(),
+            **worker_environment(plan, self.task.process, coordinator),
+            **device_environment(plan, self.task, num_nvidia_gpus()),
+        }
+        with self._lock:
+            try:
+                self._worker = start_worker(self._run, attempt, environment)
+            except OSError as e:
+                raise UserError(
+                    f"{self._run.path} cannot be written on {self.task.node}: {e.strerror}"
+                ) from None
+            if self._stopped:
+                self._worker.terminate()
+        return True
+
+    def cancel(self, reason: int = CANCELLED) -> None:
+        self._write_rendezvous(reason, "")
+
+    def wait(self) -> int:
+        assert self._worker is not None
+        return self._worker.wait()
+
+    def request_stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            if self._worker:
+                self._worker.terminate()
+
+    def kill(self) -> None:
+        with self._lock:
+            if self._worker and self._worker.poll() is None:
+                os.killpg(self._worker.pid, signal.SIGKILL)
+
+    def _check_visible(self, attempt: int) -> None:
+        # A directory of the same name may be left on this host's own disk.
+        if not self._run.attempts.info(attempt):
+            raise UserError(
+                f"run directory {self._run.path} is not visible on {self.task.node}: it must be on a file "
+                "system that all nodes share; choose another place with --root"
+            )
+
+    # The tasks meet by a file that process 0 fills
+
+    def _rendezvous(self) -> Path:
+        return self._run.rendezvous.file(f"{self.task.step}.{self.task.restart}")
+
+    def _announce(self, attempt: int) -> tuple[int, str]:
+        host = address(self.task.node, self.task.nodes, os.environ.get(INTERFACE))
+        self._port = reserve_port(host)
+        coordinator = f"{host}:{self._port.getsockname()[1]}"
+        self._write_rendezvous(attempt, coordinator)
+        return attempt, coordinator
+
+    def _write_rendezvous(self, attempt: int, coordinator: str) -> None:
+        with self._rendezvous().open("a", encoding="utf-8") as f:
+            f.write(json.dumps([attempt, coordinator]) + "\n")
+
+    def _wait_for_process_0(self) -> tuple[int, str]:
+        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                # The first task makes the file, and each look opens it anew: NFS would cache its absence for a minute.
+                with self._rendezvous().open("a+", encoding="utf-8") as f:
+                    f.seek(0)
+                    line = f.read()
+            except OSError:
+                line = ""
+            if line.endswith("\n"):
+                attempt, coordinator = json.loads(line)
+                return attempt, coordinator
+            time.sleep(POLL_SECONDS)
+        raise UserError(
+            f"{self.task.node} has heard nothing of process 0 in {self._run.path} for {RENDEZVOUS_SECONDS:.0f} s: is "
+            f"that the same directory on {self.task.nodes[0]}? It must be on a file system that all nodes share"
+        )
+
+
+def device_environment(plan: Plan, task: SlurmTask, visible: int) -> dict[str, str]:
+    """The variable that names which of the `visible` GPUs the process uses; none on CPU. Raises UserError.
+
+    SLURM shows each process either all GPUs of its node or its own alone. By itself jax would use one GPU in each
+    process of a step (https://github.com/jax-ml/jax/issues/16788).
+    """
+    if plan.platform == "cpu":
+        return {}
+    wanted = plan.devices_per_process
+    if visible == wanted:
+        first = 0
+    elif visible == wanted * task.processes_per_node:
+        first = task.local_process * wanted
+    else:
+        raise UserError(
+            f"{task.node} shows {visible} GPUs to process {task.process}; the plan for cluster "
+            f'"{plan.cluster}" has {wanted} for each of the {task.processes_per_node} processes of a node'
+        )
+    return {"JAX_LOCAL_DEVICE_IDS": ",".join(str(first + i) for i in range(wanted))}
+
+
+def _network_environment() -> dict[str, str]:
+    """The cluster's interface for NCCL, too, unless the user has named another one to NCCL."""
+    interface = os.environ.get(INTERFACE)
+    return {"NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", interface)} if interface else {}
+
+
+class _Reports:
+    """Lines of JSON for the launcher."""
+
+    def __init__(self, task: SlurmTask):
+        self._sender = {"process": task.process, "host": task.node, "step": task.step}
+        self._lock = threading.Lock()
+
+    def send(self, **fields: Any) -> None:
+        with self._lock:
+            print(json.dumps(self._sender | fields), flush=True)
+
+    def send_heartbeats(self) -> None:
+        while True:
+            self.send()
+            time.sleep(HEARTBEAT_SECONDS)
+
+
+def _read_commands(host: SlurmTaskHost) -> None:
+    for line in sys.stdin.buffer:
+        if line.strip() == b"stop":
+            host.request_stop()
+    host.kill()
+    os._exit(1)
+
+
+def main() -> None:
+    """Entry point of `python -m podlaunch.host task RUN ATTEMPT`, a task of the launcher's srun; never returns."""
+    task = current_task()
+    assert task is not None
+    host, reports = SlurmTaskHost(task, RunDirectory(Path(sys.argv[1]))), _Reports(task)
+    # SLURM signals the worker, too, but this process may get the signal before the worker exists.
+    signal.signal(signal.SIGTERM, lambda *_: host.request_stop())
+    threading.Thread(target=reports.send_heartbeats, name="heartbeat", daemon=True).start()
+    threading.Thread(target=_read_commands, args=(host,), name="commands", daemon=True).start()
+    try:
+        host.start(int(sys.argv[2]))
+        code, error = host.wait(), ""
+    except UserError as e:
+        code, error = 2, str(e)
+    try:
+        reports.send(exit=code, error=error)
+    finally:
+        os._exit(shell_exit_code(code))  # at once: the other threads never end
+
+
+if __name__ == "__main__":
+    main()

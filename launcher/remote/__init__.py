@@ -1,0 +1,1 @@
+"""Hosts that are reached by ssh: waiting for them, preparing them, following the agents on them."""

@@ -1,0 +1,115 @@
+"""The code for hosts without a shared disk: an archive, and the part of it that a host lacks.
+
+The archive is kept with the run, so that any machine can resume the run after the working tree has changed.
+"""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+from functools import cached_property
+from pathlib import Path
+
+import podlaunch
+from configs.errors import UserError
+from launcher.host.bootstrap import MANIFEST
+from launcher.machine.provenance import digest
+from podlaunch import HOME
+
+LOCK = "requirements-tpu.txt"
+SETUP = "deploy/tpu/environment.sh"
+
+
+def pack(max_mib: float, home: Path = HOME) -> bytes:
+    """The working tree as a tar: tracked files, and untracked ones that git does not ignore.
+
+    Raises UserError where the tree is larger than `max_mib` MiB.
+    """
+    files = _files(home)
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    if (total := sum(sizes.values())) > max_mib * 2**20:
+        largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:3]
+        raise UserError(
+            f"the code in {home} has {total / 2**20:.0f} MiB, above max_code_mib = {max_mib:g}; the largest files are "
+            f"{', '.join(largest)}: have git ignore what the hosts do not need, or raise it"
+        )
+    packed = io.BytesIO()
+    # Dereferenced: of two hard links, too, each becomes a file.
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=6, dereference=True) as tar:
+        for name, file in files.items():
+            tar.add(file, arcname=name, recursive=False, filter=_without_owner)
+    return packed.getvalue()
+
+
+def _without_owner(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Names and numbers of this machine's users mean nothing on another."""
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry
+
+
+class CodeArchive:
+    """The files of an archive."""
+
+    def __init__(self, packed: bytes):
+        self._packed = packed
+
+    @cached_property
+    def _contents(self) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
+        with tarfile.open(fileobj=io.BytesIO(self._packed)) as tar:
+            return {entry.name: (entry, _content(tar, entry)) for entry in tar}
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 by path."""
+        return {name: hashlib.sha256(content).hexdigest() for name, (_, content) in self._contents.items()}
+
+    @property
+    def provenance(self) -> str:
+        """The digest of the code, as a host that has these files computes it."""
+        return digest({name: content for name, (_, content) in self._contents.items()})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(content) for _, content in self._contents.values())
+
+    @property
+    def has_environment(self) -> bool:
+        """Whether the archive has the files from which a host makes its Python."""
+        return {LOCK, SETUP} <= self.digests.keys()
+
+    def delta(self, present: dict[str, str]) -> bytes | None:
+        """A tar of the files that a host lacks, which has files of the digests `present`; None where it lacks none."""
+        lacks = [name for name, digest in self.digests.items() if present.get(name) != digest]
+        if not lacks and present.keys() - {MANIFEST} == self.digests.keys():
+            return None
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=6) as tar:
+            listing = json.dumps([*self.digests, MANIFEST]).encode()
+            entry = tarfile.TarInfo(MANIFEST)
+            entry.size = len(listing)
+            tar.addfile(entry, io.BytesIO(listing))
+            for name in lacks:
+                entry, content = self._contents[name]
+                tar.addfile(entry, io.BytesIO(content))
+        return packed.getvalue()
+
+
+def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(entry)
+    assert file is not None  # `_files` gives files alone
+    return file.read()
+
+
+def _files(home: Path) -> dict[str, Path]:
+    """Files by their names in the archive: what git lists, or all code where `home` is no checkout."""
+    command = ["git", "-C", str(home), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = os.fsdecode(subprocess.run(command, capture_output=True).stdout).split("\0")
+    except FileNotFoundError:
+        listed = []
+    files = {name: home / name for name in sorted(filter(None, listed))}
+    # git also lists tracked files that are deleted, links and submodules.
+    return {n: f for n, f in files.items() if f.is_file() and not f.is_symlink()} or podlaunch.code(home)

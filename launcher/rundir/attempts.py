@@ -1,0 +1,59 @@
+"""The attempts of a run: the ledger of those that ended, and where each one began."""
+
+import json
+import time
+from contextlib import suppress
+from typing import Any
+
+from launcher.rundir.storage import Files
+
+LEDGER = "attempts.jsonl"
+
+
+class Attempts:
+    def __init__(self, files: Files):
+        self._files = files
+
+    def all(self) -> list[dict[str, Any]]:
+        """Records of the attempts that have ended, oldest first."""
+        records = []
+        # Not splitlines: a record may hold other characters that end a line.
+        for line in (self._files.read(LEDGER) or "").split("\n"):
+            with suppress(json.JSONDecodeError):  # a crash may have cut the line
+                records.append(json.loads(line))
+        return records
+
+    def of_launch(self) -> list[dict[str, Any]]:
+        """Records of the attempts since `launch` was typed, over all jobs in which the run went on."""
+        first = int(self._files.read("first-attempt") or 1)
+        return [a for a in self.all() if a["attempt"] >= first]
+
+    def append(self, record: dict[str, Any]) -> None:
+        written = self._files.read(LEDGER) or ""
+        if written and not written.endswith("\n"):
+            written += "\n"  # the line before was cut by a crash
+        self._files.write(LEDGER, f"{written}{json.dumps(record, ensure_ascii=False)}\n")
+
+    def last(self) -> int:
+        """Number of the newest attempt, 0 before the first."""
+        folders = [name for name in self._files.names("logs") if name.startswith("attempt-")]
+        return max((int(name.removeprefix("attempt-")) for name in folders), default=0)
+
+    def begin(self, info: dict[str, Any]) -> int:
+        """Number of the next attempt; the reports and the result of the one before are cleared."""
+        number = self.last() + 1
+        self._files.delete("result.json")
+        self._files.delete("hosts")
+        self.write_info(number, info | {"begun": time.time()})
+        return number
+
+    def begin_launch(self) -> None:
+        """Count the attempts of `of_launch` from the next one on."""
+        self._files.write("first-attempt", str(self.last() + 1))
+
+    def info(self, attempt: int) -> dict[str, Any]:
+        """Cluster, mesh and job of an attempt, and when it began; empty where there is no such attempt."""
+        return json.loads(self._files.read(f"logs/attempt-{attempt}/attempt.json") or "{}")
+
+    def write_info(self, attempt: int, info: dict[str, Any]) -> None:
+        self._files.write(f"logs/attempt-{attempt}/attempt.json", json.dumps(info))

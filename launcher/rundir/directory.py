@@ -1,0 +1,204 @@
+"""RunDirectory: the plan, the lock, stop requests and checkpoints of a run; its other files by their purpose."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+from uuid import uuid4
+
+from configs import checkpoints
+from configs.errors import UserError
+from launcher.plan import Plan
+from launcher.rundir import storage
+from launcher.rundir.attempts import Attempts
+from launcher.rundir.hosts import HostFiles, Rendezvous
+from launcher.rundir.job import JobFiles
+from launcher.rundir.lease import LEASE, HeldError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def check_name(name: str, origin: str = "") -> str:
+    """`name`, if a run can have it: the name becomes a folder, an object prefix and part of job names.
+
+    Raises UserError; `origin` says where a default name comes from.
+    """
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name!r}: a run name has 1 to 63 letters, digits, dots, dashes and underscores, "
+            f"and begins with a letter or digit" + (f" (this is {origin})" if origin else "")
+        )
+    return name
+
+
+def run_id(location: str) -> str:
+    """16 hexadecimal digits that identify a run on every machine, by the location of its run directory."""
+    return hashlib.sha256(location.encode()).hexdigest()[:16]
+
+
+class RunHeldError(UserError):
+    """Another launcher supervises the run, or has supervised it to its end."""
+
+
+class RunDirectory:
+    def __init__(self, location: Path | str):
+        """`location`: a folder, or gs://bucket/prefix. Nothing is created."""
+        self._files = storage.open_files(str(location))
+        self.location = self._files.location
+        self.name = self.location.rpartition("/")[2]
+        self.attempts = Attempts(self._files)
+        self.hosts = HostFiles(self._files)
+        self.rendezvous = Rendezvous(self._files)
+        self.job = JobFiles(self._files)
+
+    @property
+    def path(self) -> Path:
+        """The folder, of a run directory that is one."""
+        assert not self.location.startswith("gs://")
+        return Path(self.location)
+
+    def refresh(self) -> None:
+        """Forget what was read, so that it is read again."""
+        self._files.refresh()
+
+    # Plan and code
+
+    def plan(self) -> Plan | None:
+        """The plan of the newest launch. Raises UserError where plan.json is not one of this podlaunch."""
+        text = self._files.read("plan.json")
+        try:
+            return Plan.from_json(text) if text else None
+        except (ValueError, TypeError) as e:
+            raise UserError(
+                f"{self.location}/plan.json is not a plan of this podlaunch ({e}); choose another --name or --root"
+            ) from None
+
+    def write_plan(self, plan: Plan) -> None:
+        """Raises UserError where the directory cannot be written."""
+        self._files.write("plan.json", plan.to_json())
+
+    def code(self) -> bytes:
+        """The archive of the code for the hosts; empty where there is none."""
+        return self._files.read_from("code.tar.gz", 0)
+
+    def write_code(self, packed: bytes) -> None:
+        self._files.write("code.tar.gz", packed)
+
+    def has_foreign_files(self) -> bool:
+        """Whether files lie here that are not a run's."""
+        ours = (LEASE, "rendezvous", "code.tar.gz")
+        return any(not name.startswith(".") and name not in ours for name in self._files.names())
+
+    @contextmanager
+    def rolled_back_on_error(self) -> Iterator[None]:
+        """Remove what was written in this context if it ends by an exception, and the folders made for it."""
+        absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        before = set() if absent else set(self.path.iterdir())
+        try:
+            yield
+        except BaseException:
+            for entry in set(self.path.iterdir()) - before if self.path.is_dir() else ():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for folder in absent:
+                with suppress(OSError):  # another run has been made in the folder meanwhile
+                    folder.rmdir()
+            raise
+
+    # The launcher that holds the run
+
+    @contextmanager
+    def locked(self, *, patience_seconds: float = 0.25) -> Iterator[None]:
+        """Hold the run for this launcher; the lock ends with the process. Raises RunHeldError."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._files.locked(patience_seconds))
+            except HeldError as e:
+                by = f", under {e}" if str(e) else ""
+                raise RunHeldError(
+                    f"run {self.name} is running already{by}; see `launch status {self.name}`, end it with "
+                    f"`launch stop {self.name}`, or begin another with --name"
+                ) from None
+            yield
+
+    def is_running(self) -> bool:
+        """Whether some launcher holds the run."""
+        return self._files.is_held()
+
+    def is_lost(self, *, refresh: bool = False) -> bool:
+        """Whether another launcher has taken the run over from this one; `refresh`: as of now."""
+        return self._files.is_lost(refresh=refresh)
+
+    def begin_launch(self, job: str | None) -> None:
+        """Before the first attempt of a launch: forget stop requests, result and excluded nodes of the one before."""
+        self.clear_stop()
+        self._files.delete("result.json")
+        self.job.exclude_nodes([])
+        self.job.write_id(job)
+        self.attempts.begin_launch()
+
+    def result(self) -> dict[str, Any] | None:
+        text = self._files.read("result.json")
+        return json.loads(text) if text else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        self._files.write("result.json", json.dumps(result, indent=2, ensure_ascii=False))
+
+    # Stop requests reach the launcher from any terminal
+
+    def request_stop(self) -> None:
+        self._files.write("stop", "stop")
+
+    def clear_stop(self) -> None:
+        self._files.delete("stop")
+
+    def stop_requested(self) -> bool:
+        return self._files.read("stop") is not None
+
+    # Checkpoints and events may lie elsewhere
+
+    def checkpoints(self, plan: Plan | None = None) -> str:
+        """Location of the checkpoints, by `plan` or else by the plan of the newest launch."""
+        plan = plan or self.plan()
+        configured = plan.config["checkpoint"].get("directory") if plan else None
+        return configured or f"{self.location}/checkpoints"
+
+    def tensorboard(self) -> str:
+        """Location of the event files."""
+        plan = self.plan()
+        configured = plan.config["log"]["tensorboard"] if plan else None
+        return configured or f"{self.location}/tensorboard"
+
+    def checkpoint_steps(self, plan: Plan | None = None) -> list[int]:
+        """Steps of the complete checkpoints, oldest first. Raises UserError where they cannot be listed."""
+        return checkpoints.steps(self.checkpoints(plan))
+
+    def claim_checkpoints(self, plan: Plan) -> None:
+        """Reserve a location outside this directory for this run. Raises UserError where another run has it."""
+        location = self.checkpoints(plan)
+        if location == f"{self.location}/checkpoints":
+            return
+        identity = self._files.read(".id")
+        if not identity:
+            identity = uuid4().hex
+            self._files.write(".id", identity)
+        checkpoints.claim(
+            location,
+            {
+                "run": self.name,
+                "directory": self.location
+                if self.location.startswith("gs://")
+                else str(self.path.absolute()),
+                "host": gethostname(),
+                "id": identity,
+            },
+        )
+
+
+def list_runs(root: Path | str) -> list[RunDirectory]:
+    """All runs below `root`, the one launched last first."""
+    return [RunDirectory(location) for location in storage.list_plans(str(root))]

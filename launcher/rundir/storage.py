@@ -1,0 +1,309 @@
+"""The files of a run directory, in a folder or under gs://: the few operations that the run directory needs.
+
+One launcher at a time holds a run: in a folder by a lock on a file, which ends with the process, and under
+gs:// by a lease.
+"""
+
+import errno
+import fcntl
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from configs import google
+from configs.errors import UserError
+from configs.files import write_atomically
+from launcher.rundir import lease
+
+ROLES = "the role Storage Object User on the bucket"
+LOCK = ".lock"
+# A supervisor looks ten times a second, which would be as many requests to the bucket.
+FRESH_SECONDS = 2.0
+PATIENCE_SECONDS = 600.0
+
+
+class BucketUnreachableError(UserError):
+    """The bucket does not answer now; it may answer later."""
+
+
+class Files(Protocol):
+    """The files of one run, by their names below its directory."""
+
+    location: str
+
+    def read(self, name: str) -> str | None:
+        """The content of a file; None where there is no such file."""
+        ...
+
+    def read_from(self, name: str, offset: int) -> bytes:
+        """The content of a growing file from byte `offset` on; empty where there is no such file."""
+        ...
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Replace a file as a whole. Raises UserError where nothing can be written."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or all files below a folder, if there are any."""
+        ...
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files and folders in a folder."""
+        ...
+
+    def refresh(self) -> None:
+        """Forget what was read."""
+        ...
+
+    def locked(self, patience_seconds: float) -> Any:
+        """A context in which this process holds the run. Raises HeldError."""
+        ...
+
+    def is_held(self) -> bool:
+        """Whether some launcher holds the run."""
+        ...
+
+    def is_lost(self, *, refresh: bool = False) -> bool:
+        """Whether another launcher has taken the run from this one, which held it; `refresh`: as of now."""
+        ...
+
+
+def open_files(location: str) -> Files:
+    return Bucket(location) if location.startswith("gs://") else Folder(Path(location))
+
+
+def list_plans(root: str) -> list[str]:
+    """Locations of the run directories below `root` that have a plan, the newest first."""
+    if root.startswith("gs://"):
+        plans = Bucket(root).plans()
+        return [f"{root.rstrip('/')}/{name}" for name in plans]
+    found = sorted(Path(root).glob("*/plan.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [str(p.parent) for p in found]
+
+
+class Folder:
+    def __init__(self, path: Path):
+        self.location, self._path = str(path), path
+
+    def read(self, name: str) -> str | None:
+        try:
+            return (self._path / name).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read_from(self, name: str, offset: int) -> bytes:
+        try:
+            with (self._path / name).open("rb") as f:
+                f.seek(offset)
+                return f.read()
+        except FileNotFoundError:
+            return b""
+
+    def write(self, name: str, content: str | bytes) -> None:
+        with self._writing():
+            (self._path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path / name, content)
+
+    def delete(self, name: str) -> None:
+        path = self._path / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with self._writing(), suppress(FileNotFoundError):
+                path.unlink()
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            return sorted(p.name for p in (self._path / folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def refresh(self) -> None:
+        pass
+
+    @contextmanager
+    def locked(self, patience_seconds: float) -> Iterator[None]:
+        with self._writing():
+            self._path.mkdir(parents=True, exist_ok=True)
+            f = (self._path / LOCK).open("w")
+        with f:
+            if not _flock(f, patience_seconds):
+                raise lease.HeldError
+            yield
+
+    def is_held(self) -> bool:
+        try:
+            with (self._path / LOCK).open("r") as f:
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # there is no lock file, or the file system has no locks
+            return False
+        return False
+
+    def is_lost(self, *, refresh: bool = False) -> bool:
+        return False
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise UserError(
+                f"run directory {self._path} cannot be written: {e.strerror}; choose another place with --root"
+            ) from None
+
+
+def _flock(file: IO[str], patience_seconds: float) -> bool:
+    """Take the lock, with some tries: `launch list` holds it, too, for the instant in which it looks."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            pass
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return True  # some parallel file systems have no locks
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+
+
+class Bucket:
+    def __init__(self, location: str):
+        self.location = location.rstrip("/")
+        self._name, self._prefix = google.bucket_and_prefix(self.location)
+        with self._explained():
+            self._bucket = google.client().bucket(self._name)
+        self._seen: dict[str, tuple[float, str | None]] = {}
+        self._listed: dict[str, tuple[float, list[str]]] = {}
+        self._lease: lease.Lease | None = None
+
+    def read(self, name: str) -> str | None:
+        """As `Files.read`; of an unreachable bucket the content that was read last, if any was."""
+        at, text = self._seen.get(name, (None, None))
+        if at is not None and time.monotonic() - at < FRESH_SECONDS:
+            return text
+        try:
+            text = self._download(name)
+        except BucketUnreachableError:
+            if at is None:
+                raise
+        self._seen[name] = (time.monotonic(), text)
+        return text
+
+    def _download(self, name: str) -> str | None:
+        from google.api_core.exceptions import NotFound
+
+        with self._explained():
+            try:
+                return str(self._blob(name).download_as_text(retry=google.retry()))
+            except NotFound:
+                self._check_exists()
+                return None
+
+    def _check_exists(self) -> None:
+        """Raises NotFound where the bucket is absent, which the service answers like an absent object; asked once."""
+        if not self._seen:
+            next(
+                iter(self._bucket.list_blobs(prefix=self._prefix, max_results=1, retry=google.retry())), None
+            )
+
+    def read_from(self, name: str, offset: int) -> bytes:
+        from google.api_core.exceptions import NotFound, RequestRangeNotSatisfiable
+
+        with self._explained(), suppress(NotFound, RequestRangeNotSatisfiable):
+            return bytes(self._blob(name).download_as_bytes(start=offset, retry=google.retry()))
+        return b""
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """As `Files.write`; retried for ten minutes, since a laptop may be out of reach for a while."""
+        if isinstance(content, str):
+            self._seen[name] = (time.monotonic(), content)
+        self._listed.clear()
+        with self._explained():
+            self._blob(name).upload_from_string(content, retry=google.retry(PATIENCE_SECONDS))
+
+    def delete(self, name: str) -> None:
+        from google.api_core.exceptions import NotFound
+
+        with self._explained():
+            blobs = [self._blob(name), *self._list(f"{name}/")]
+            for blob in blobs:
+                with suppress(NotFound):
+                    blob.delete(retry=google.retry(PATIENCE_SECONDS))
+        self._listed.clear()
+        for seen in self._seen.copy():  # a copy, since other threads read meanwhile
+            if seen == name or seen.startswith(f"{name}/"):
+                self._seen.pop(seen, None)
+
+    def names(self, folder: str = "") -> list[str]:
+        at, names = self._listed.get(folder, (None, []))
+        if at is not None and time.monotonic() - at < FRESH_SECONDS:
+            return names
+        prefix = f"{self._prefix}{folder}/" if folder else self._prefix
+        with self._explained():
+            listing = self._bucket.list_blobs(prefix=prefix, delimiter="/", retry=google.retry())
+            files = [blob.name.removeprefix(prefix) for blob in listing]
+            names = sorted([*files, *(p.removeprefix(prefix).rstrip("/") for p in listing.prefixes)])
+        self._listed[folder] = (time.monotonic(), names)
+        return names
+
+    def plans(self) -> list[str]:
+        """Names of the runs below this location, the one launched last first."""
+        with self._explained():
+            # The pattern is matched by the service, so checkpoints and logs are not listed.
+            listing = self._bucket.list_blobs(
+                match_glob="**/plan.json", retry=google.retry(), prefix=self._prefix or None
+            )
+            found = sorted(listing, key=lambda blob: blob.updated, reverse=True)
+        names = [blob.name.removeprefix(self._prefix) for blob in found]
+        return [name.removesuffix("/plan.json") for name in names if re.fullmatch(r"[^/]+/plan\.json", name)]
+
+    def refresh(self) -> None:
+        self._listed.clear()
+        self._seen = {name: (-FRESH_SECONDS, text) for name, (_, text) in self._seen.copy().items()}
+
+    @contextmanager
+    def locked(self, patience_seconds: float) -> Iterator[None]:
+        with self._explained():
+            self._lease = lease.Lease(self._bucket, self._prefix + lease.LEASE)
+            self._lease.take()
+        self.refresh()  # the holder before this one may have written meanwhile
+        try:
+            yield
+        finally:
+            self._lease.release()
+
+    def is_held(self) -> bool:
+        with self._explained():
+            return lease.is_held(self._bucket, self._prefix + lease.LEASE)
+
+    def is_lost(self, *, refresh: bool = False) -> bool:
+        if self._lease is None:
+            return False
+        if refresh:
+            with suppress(*google.errors()):
+                self._lease.renew()
+        return self._lease.is_lost
+
+    def _list(self, below: str) -> list[Any]:
+        return list(self._bucket.list_blobs(prefix=self._prefix + below, retry=google.retry()))
+
+    def _blob(self, name: str) -> Any:
+        return self._bucket.blob(self._prefix + name)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            with google.explained(f"run directory {self.location}", bucket=self._name, roles=ROLES):
+                yield
+        except google.UnreachableError as e:
+            raise BucketUnreachableError(f"{e}; try again") from None

@@ -1,0 +1,51 @@
+"""Which GPUs a process gets on its node; hosts with workers run in tests/clusters."""
+
+from dataclasses import replace
+
+import pytest
+
+from configs.errors import UserError
+from launcher.host.process import shell_exit_code
+from launcher.host.task import device_environment
+from launcher.machine.slurm import SlurmTask
+
+
+def place(local: int, per_node: int) -> SlurmTask:
+    return SlurmTask(local, per_node, local, "n1", ("n1",), "12.0", 0)
+
+
+@pytest.fixture
+def gpu_plan(planned):
+    return lambda devices_per_process: replace(
+        planned(), platform="gpu", devices_per_process=devices_per_process
+    )
+
+
+@pytest.mark.parametrize(
+    ("local", "per_node", "wanted", "visible", "ids"),
+    [
+        (0, 1, 8, 8, "0,1,2,3,4,5,6,7"),  # one process a node
+        (3, 8, 1, 8, "3"),  # one a GPU, all of them visible
+        (3, 8, 1, 1, "0"),  # one a GPU, bound by SLURM
+        (1, 2, 4, 8, "4,5,6,7"),
+    ],
+)
+def test_devices_are_named_whatever_slurm_shows(gpu_plan, local, per_node, wanted, visible, ids):
+    found = device_environment(gpu_plan(wanted), place(local, per_node), visible)
+    assert found == {"JAX_LOCAL_DEVICE_IDS": ids}
+
+
+@pytest.mark.parametrize("visible", [0, 1, 7, 16])
+def test_other_numbers_of_gpus_than_planned_are_refused(gpu_plan, visible):
+    with pytest.raises(
+        UserError, match=f"n1 shows {visible} GPUs to process 0; the plan .* has 8 for each of the 1"
+    ):
+        device_environment(gpu_plan(8), place(0, 1), visible)
+
+
+def test_cpu_devices_are_left_to_their_number(planned):
+    assert device_environment(planned(), place(0, 1), 8) == {}
+
+
+def test_exit_code_of_a_host_is_that_of_its_worker_or_the_shells_for_its_signal():
+    assert [shell_exit_code(code) for code in (0, 75, 2, -9)] == [0, 75, 2, 137]

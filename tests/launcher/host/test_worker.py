@@ -1,0 +1,46 @@
+"""A worker's place in the gang comes from its environment, whole or not at all."""
+
+import pytest
+
+from configs.errors import UserError
+from launcher.host.worker import Membership, membership
+
+NAMES = ("LAUNCH_COORDINATOR", "LAUNCH_PROCESSES", "LAUNCH_PROCESS")
+
+
+def place(monkeypatch, *values):
+    for name, value in zip(NAMES, values, strict=True):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    return membership()
+
+
+def test_without_a_launcher_a_worker_is_alone(monkeypatch):
+    assert place(monkeypatch, None, None, None) == Membership(None, 1, 0)
+
+
+def test_place_is_what_the_launcher_says(monkeypatch):
+    assert place(monkeypatch, "10.0.0.1:8476", "4", "3") == Membership("10.0.0.1:8476", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "missing"),
+    [
+        ((None, "4", "3"), "LAUNCH_COORDINATOR not set"),
+        (("h:1", None, "3"), "LAUNCH_PROCESSES not set"),
+        (("h:1", "4", ""), "LAUNCH_PROCESS not set"),
+        ((None, "4", None), "LAUNCH_COORDINATOR, LAUNCH_PROCESS not set"),
+    ],
+)
+def test_half_a_place_is_refused_never_trained_alone(monkeypatch, values, missing):
+    with pytest.raises(UserError, match=missing):
+        place(monkeypatch, *values)
+
+
+@pytest.mark.parametrize(
+    "values", [("h:1", "four", "3"), ("h:1", "4", "x"), ("h:1", "4", "4"), ("h:1", "0", "0")]
+)
+def test_impossible_place_is_the_users_to_mend(monkeypatch, values):
+    with pytest.raises(UserError, match="LAUNCH_PROCESS"):
+        place(monkeypatch, *values)
