@@ -169,7 +169,7 @@ class SlurmCluster(Section):
 def _name(value: str) -> str:
     # Names become parts of REST paths; `:` and `.` occur in the ids of domain-scoped projects (example.com:name).
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.:-]{0,61}[a-z0-9])?", value):
-        raise ValueError("must be a name of small letters, digits and dashes")
+        raise ValueError("must be a name of lowercase letters, digits and dashes")
     return value
 
 

@@ -69,7 +69,7 @@ def load_entries(path: Path, model_of: Callable[[dict[str, Any]], type[Model]]) 
 
     Raises UserError with one line for each problem.
     """
-    values, where, problems = _read(path, "it is a mapping of names to settings")
+    values, where, problems = _read(path, "the file must be a mapping of names to settings")
     entries = {}
     for name, value in values.items():
         below = {loc[1:]: line for loc, line in where.items() if loc[0] == str(name)}
