@@ -1,1 +1,1 @@
-"""What the user writes, and its schema. Imports pydantic and yaml, never jax."""
+"""Recipes and clusters, as the user writes them, and their schema. Imports pydantic and yaml, never jax."""

@@ -1,6 +1,6 @@
 """The ResNet family as data, so that a plan can count parameters and FLOPs without importing jax.
 
-models/resnet.py builds exactly these; a test holds the two together.
+models/resnet.py builds exactly these networks; a test compares both counts of parameters.
 """
 
 import math
@@ -14,13 +14,13 @@ EXPANSION = {"basic": 1, "bottleneck": 4}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A ResNet: the kind of its blocks, and how many of them each stage has."""
+    """A ResNet: the kind of its blocks, and the number of blocks of each stage."""
 
     block: Literal["basic", "bottleneck"]
     layers: tuple[int, ...]
 
     def num_features(self, width: int) -> int:
-        """Channels that the classifier sees; `width` is that of the first stage, and each stage doubles it."""
+        """Channels that the classifier receives; `width` is the first stage's, and each further stage doubles it."""
         return width * 2 ** (len(self.layers) - 1) * EXPANSION[self.block]
 
 
@@ -31,14 +31,15 @@ ARCHITECTURES = {
     "resnet50": Architecture("bottleneck", (3, 4, 6, 3)),
     "resnet101": Architecture("bottleneck", (3, 4, 23, 3)),
     "resnet152": Architecture("bottleneck", (3, 8, 36, 3)),
-    # Not published: one block, for rehearsals and tests, in which ResNet-18 would mostly be compiled.
+    # Not a published network: one block, for rehearsals and tests, which would spend most of their time
+    # compiling a ResNet-18.
     "resnet4": Architecture("basic", (1,)),
 }
 
 
 @dataclass(frozen=True)
 class Block:
-    """One residual block: channels in, channels of its 3×3, stride of that 3×3."""
+    """One residual block: its input channels, and the channels and the stride of its 3×3 convolution."""
 
     in_channels: int
     channels: int
@@ -46,7 +47,7 @@ class Block:
 
 
 def blocks(architecture: Architecture, width: int) -> list[list[Block]]:
-    """The blocks of each stage; `width` is the channel count of the first stage's 3×3."""
+    """The blocks of each stage; `width` is the number of channels of the 3×3 convolutions in the first stage."""
     expansion = EXPANSION[architecture.block]
     stages: list[list[Block]] = []
     in_channels = width
@@ -54,6 +55,7 @@ def blocks(architecture: Architecture, width: int) -> list[list[Block]]:
         channels = width * 2**stage
         stages.append([])
         for i in range(num_blocks):
+            # The stem has already reduced the image for the first stage; each later stage halves it once.
             stages[-1].append(Block(in_channels, channels, 2 if stage > 0 and i == 0 else 1))
             in_channels = channels * expansion
     return stages
@@ -61,17 +63,17 @@ def blocks(architecture: Architecture, width: int) -> list[list[Block]]:
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution, without bias and followed by a batch norm."""
+    """One convolution, which has no bias and is followed by a batch norm."""
 
     kernel: int
     in_channels: int
     out_channels: int
     reduction: int
-    """Pixels of the image along each axis to one of its output."""
+    """Pixels of the input image, along each axis, per pixel of the output."""
 
 
 def convolutions(name: str, *, width: int, stem: str) -> Iterator[Convolution]:
-    """Every convolution of `name`, in order."""
+    """Every convolution of the architecture `name`, in order."""
     architecture = ARCHITECTURES[name]
     expansion = EXPANSION[architecture.block]
     pools = stem == "imagenet"
@@ -84,15 +86,18 @@ def convolutions(name: str, *, width: int, stem: str) -> Iterator[Convolution]:
             yield Convolution(3, block.in_channels, block.channels, reduction)
             yield Convolution(3, block.channels, block.channels, reduction)
         else:
+            # The stride is in the 3×3, not in this 1×1: "ResNet v1.5", as torchvision's networks have it.
             yield Convolution(1, block.in_channels, block.channels, before)
             yield Convolution(3, block.channels, block.channels, reduction)
             yield Convolution(1, block.channels, out_channels, reduction)
+        # The shortcut needs a projection where its shape differs from the block's output.
         if block.stride != 1 or block.in_channels != out_channels:
             yield Convolution(1, block.in_channels, out_channels, reduction)
 
 
 def num_parameters(name: str, *, num_classes: int, width: int = 64, stem: str = "imagenet") -> int:
-    """Trainable parameters of `name`; batch-norm statistics are not counted."""
+    """Number of trainable parameters of `name`, without the batch-norm statistics."""
+    # Each batch norm has a scale and an offset per channel; the classifier has a bias.
     total = sum(
         c.kernel**2 * c.in_channels * c.out_channels + 2 * c.out_channels
         for c in convolutions(name, width=width, stem=stem)
@@ -101,7 +106,10 @@ def num_parameters(name: str, *, num_classes: int, width: int = 64, stem: str = 
 
 
 def flops_per_image(name: str, *, image_size: int, num_classes: int, width: int, stem: str) -> int:
-    """Of a forward pass, two for a multiply-add, in convolutions and classifier; the rest is below 1 %."""
+    """FLOPs of a forward pass for one image, with two per multiply-add.
+
+    Only convolutions and the classifier are counted: all other operations are below 1 %.
+    """
     multiply_adds = sum(
         math.ceil(image_size / c.reduction) ** 2 * c.kernel**2 * c.in_channels * c.out_channels
         for c in convolutions(name, width=width, stem=stem)

@@ -1,6 +1,6 @@
-"""Where a run keeps its checkpoints, a folder or a gs:// prefix: which are complete, and whose they are.
+"""The place of a run's checkpoints, a folder or a gs:// prefix: which are complete, and which run owns them.
 
-Here because launcher/ and trainer/ both ask, and the launcher without jax and Orbax.
+In configs/ because launcher/ and trainer/ both need it, and the launcher may not import jax and Orbax.
 """
 
 import contextlib
@@ -13,24 +13,29 @@ from configs import google
 from configs.errors import UserError
 
 COMMITTED = "commit_success.txt"
-"""What Orbax writes last into a checkpoint under gs://, where no folder can be renamed."""
+"""Object that Orbax writes last into a checkpoint under gs://, where a folder cannot be renamed."""
 OWNER = "run.json"
+"""File that names the run to which the checkpoints belong."""
 PERMISSIONS = (
     "storage.objects.list", "storage.objects.get", "storage.objects.create", "storage.objects.delete",
-    "storage.buckets.get",  # Orbax asks for the bucket's kind as it deletes an old checkpoint
+    "storage.buckets.get",  # to delete an old checkpoint, Orbax first reads the type of the bucket
 )  # fmt: skip
 ROLES = "the roles Storage Object User and Storage Legacy Bucket Reader on the bucket"
 
 
 def steps(place: str) -> list[int]:
-    """Steps of the complete checkpoints, oldest first. Raises UserError where the place cannot be read."""
+    """Steps of the complete checkpoints, oldest first; none if the folder or prefix does not exist.
+
+    Raises UserError if the place cannot be read.
+    """
     if not place.startswith("gs://"):
+        # On a disk, Orbax renames a folder to its step only when the checkpoint is complete.
         folder = Path(place)
         return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
     with _bucket(place) as (bucket, prefix):
         listing = bucket.list_blobs(prefix=prefix, delimiter="/", retry=google.retry())
         for _ in listing:
-            pass  # objects; at the end it knows the folders, too
+            pass  # the listing knows its `prefixes`, the folders, only after all pages of objects were read
         names = [folder.removeprefix(prefix).rstrip("/") for folder in listing.prefixes]
         return sorted(
             int(name)
@@ -40,7 +45,10 @@ def steps(place: str) -> list[int]:
 
 
 def check(place: str) -> None:
-    """Raise UserError where checkpoints cannot be written, read and deleted: now, not at the fourth save."""
+    """Raise UserError if these credentials may not write, read and delete checkpoints under gs://.
+
+    Without this check, a missing permission to delete would first show when the run deletes an old checkpoint.
+    """
     if not place.startswith("gs://"):
         return
     with _bucket(place) as (bucket, _):
@@ -54,16 +62,17 @@ def check(place: str) -> None:
 
 
 def checksums(place: str) -> dict[str, int]:
-    """CRC of each object below a gs:// prefix."""
+    """CRC-32C of each object below a gs:// prefix, by its name without the prefix. Raises UserError."""
     with _bucket(place) as (bucket, prefix):
         blobs = list(bucket.list_blobs(prefix=prefix, retry=google.retry()))
     return {b.name.removeprefix(prefix): google.crc32c(b) for b in blobs}
 
 
 def claim(place: str, owner: dict[str, str]) -> None:
-    """Write down whose checkpoints these are. Raises UserError where another has, or nothing can be written.
+    """Record `owner` as the run to which the checkpoints belong.
 
-    `owner` has `id`, which tells runs apart, and words for the user.
+    `owner` has an `id`, which identifies a run, and text for the user. Raises UserError if the place belongs to
+    another run, or cannot be written.
     """
     check(place)
     text = json.dumps(owner)
@@ -81,7 +90,7 @@ def claim(place: str, owner: dict[str, str]) -> None:
         if json.loads(found)["id"] == owner["id"]:
             return
     except (ValueError, TypeError, KeyError):
-        pass
+        pass  # not a file of ours: refuse it below, as the file of another run
     raise UserError(
         f"checkpoint.directory = {place} belongs to another run ({found.strip()[:200]}): give this run a place "
         f"of its own, or delete {place}/{OWNER} for it to take over the checkpoints"
@@ -89,18 +98,20 @@ def claim(place: str, owner: dict[str, str]) -> None:
 
 
 def _create_file(path: Path, text: str) -> str:
-    """Make a file, unless there is one; what it holds then."""
+    """Create a file, unless it exists; return its content in either case."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # "x" creates or fails in one step: if two runs begin at the same time, one of them is refused.
     with contextlib.suppress(FileExistsError), path.open("x") as f:
         f.write(text)
     return path.read_text()
 
 
 def _create_object(blob: Any, text: str) -> str:
-    """Make an object, unless there is one; what it holds then."""
+    """Create an object, unless it exists; return its content in either case."""
     from google.api_core.exceptions import PreconditionFailed
 
-    # 0: there is none. So of two runs that begin at the same time, one is refused.
+    # Generation 0 means that no object exists: if two runs begin at the same time, one of them is refused.
+    # https://cloud.google.com/storage/docs/request-preconditions
     with contextlib.suppress(PreconditionFailed):
         blob.upload_from_string(text, "application/json", if_generation_match=0, retry=google.retry())
     return str(blob.download_as_text(retry=google.retry()))
@@ -108,7 +119,7 @@ def _create_object(blob: Any, text: str) -> str:
 
 @contextlib.contextmanager
 def _bucket(place: str) -> Iterator[tuple[Any, str]]:
-    """Google's bucket and the prefix of a gs:// address; errors come out as one line for the user."""
+    """The bucket and the prefix of a gs:// address; Google's errors become a UserError of one line."""
     where = f"checkpoint.directory = {place}"
     name, prefix = google.bucket_and_prefix(place)
     try:

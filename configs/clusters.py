@@ -1,4 +1,8 @@
-"""clusters.yaml: the SLURM clusters and TPU slices that `--cluster` knows by name, and the settings of each."""
+"""clusters.yaml: the SLURM clusters and TPU slices that `--cluster` knows by name, and the settings of each.
+
+Each setting's docstring is its row in docs/slurm.md or docs/tpu.md. Checks that need SLURM or Google belong to
+the backends.
+"""
 
 import os
 import re
@@ -12,7 +16,7 @@ from configs.load import load_entries
 from configs.schema import NonNegative, Positive, PositiveFloat, Section, from_list
 
 Names = TypeVar("Names", dict[str, str], tuple[str, ...])
-# What the run itself decides, or what would take its output and signals away.
+# Options that podlaunch sets itself, or that would divert the output and signals that it relies on.
 OURS = {
     "array", "chdir", "clusters", "error", "gpus", "gpus-per-node", "gpus-per-task", "input", "job-name",
     "kill-on-bad-exit", "label", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "pty",
@@ -24,13 +28,14 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 def seconds(time: str) -> float:
-    """Seconds of a time limit as SLURM writes it, infinite for UNLIMITED. Raises ValueError."""
+    """Seconds of a time limit in SLURM's notation, infinite for UNLIMITED. Raises ValueError for any other text."""
     if time.lower() in ("unlimited", "infinite"):
         return float("inf")
     match = _TIME.fullmatch(time)
     if match is None:
         raise ValueError(f"{time!r} is no time")
     days, *rest = match.groups()
+    # SLURM reads numbers from the left: hours first after a day or where there are three, otherwise minutes.
     numbers = [int(n) for n in rest if n is not None]
     units = [3600, 60, 1] if days is not None or len(numbers) == 3 else [60, 1]
     return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(numbers, units, strict=False))
@@ -51,6 +56,7 @@ def _one_line(value: str) -> str:
 
 
 def _options(options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+    # The options become lines of a batch script, which a line break in a value could extend.
     for key, value in options.items():
         if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", key):
             raise ValueError(f"{key!r} is no option; write its long name without dashes, such as reservation")
@@ -62,6 +68,7 @@ def _options(options: dict[str, str | int | bool]) -> dict[str, str | int | bool
 
 
 def _variables(variables: Names) -> Names:
+    # The names are written into shell scripts unquoted, so nothing but a shell's own names may pass.
     for name in variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} is no name of a variable")
@@ -69,19 +76,21 @@ def _variables(variables: Names) -> Names:
 
 
 def _labels(labels: dict[str, str]) -> dict[str, str]:
+    # Google's rules for labels: https://cloud.google.com/compute/docs/labeling-resources#requirements
     for key, value in labels.items():
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) or not re.fullmatch(r"[a-z0-9_-]{0,63}", value):
             raise ValueError(
                 f"{key}: {value} is no label; both have lowercase letters, digits, - and _, at most 63, "
                 "and the first begins with a letter"
             )
+        # `launch gc` finds what podlaunch created, and its run, by labels with this prefix.
         if key.startswith("podlaunch"):
             raise ValueError(f"{key} is set by podlaunch; choose another key")
     return labels
 
 
 Text = Annotated[str, AfterValidator(_one_line)]
-# YAML reads `time: 30` as a number.
+# YAML reads `time: 30` as a number, and strict mode would refuse it.
 Time = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v), AfterValidator(_time)]
 Options = Annotated[dict[str, str | int | bool], AfterValidator(_options)]
 Variables = Annotated[dict[str, str], AfterValidator(_variables)]
@@ -93,54 +102,55 @@ class ContainerConfig(Section):
     """A container for the workers, started by pyxis (https://github.com/NVIDIA/pyxis)."""
 
     image: Text
-    """What `srun --container-image` takes."""
+    """Image, as `srun --container-image` takes it."""
     mounts: Texts = ()
-    """What `srun --container-mounts` takes, each one. The run directory is mounted by itself."""
+    """Mounts, each as `srun --container-mounts` takes it. The run directory is mounted automatically."""
 
 
 class SlurmCluster(Section):
-    """One SLURM cluster, or a way of using it."""
+    """Settings of runs on a SLURM cluster; one cluster may have several entries."""
 
     nodes: Positive
-    """Nodes of a run."""
+    """Number of nodes of a run."""
     gpus_per_node: NonNegative = 0
     """GPUs of each node; 0 trains on CPUs."""
     process_per: Literal["node", "gpu"] = "node"
     """`node`: one process owns all GPUs of its node; `gpu`: each process owns one."""
     partition: Text | None = None
-    """Partition, or several with commas; null: the site's default, as for what follows."""
+    """Partition, or several with commas; null: the site's default, as for the following settings."""
     account: Text | None = None
-    """Account that is charged."""
+    """Account to charge."""
     qos: Text | None = None
     """Quality of service."""
     time: Time | None = None
-    """Time limit of one job; the run goes on in the next."""
+    """Time limit of one job, in SLURM's notation; the run continues in the next job."""
     constraint: Text | None = None
     """Features that the nodes must have."""
     gres: Text | None = None
-    """Generic resources of each node. One that names GPUs, such as `gpu:a100:8`, replaces `--gpus-per-node`."""
+    """Generic resources of each node. A value that names GPUs, such as `gpu:a100:8`, replaces `--gpus-per-node`."""
     cpus_per_task: Positive | None = None
     """CPUs of each process."""
     memory_gib_per_task: PositiveFloat | None = None
     """Memory of each process, in GiB."""
     sbatch: Options = Field(default_factory=dict)
-    """Any other option of sbatch, by its long name; true for one without a value."""
+    """Other options of sbatch, by long name; true for an option without a value."""
     srun: Options = Field(default_factory=dict)
-    """Any other option of srun."""
+    """Other options of srun, in the same form."""
     setup: Annotated[tuple[str, ...], from_list] = ()
     """Shell lines that the job runs first, such as `module load cuda`."""
     environment: Variables = Field(default_factory=dict)
-    """Variables that the job exports. They stand in its script: secrets do not belong here, export them before
-    `launch`."""
+    """Variables that the job exports. The job's script contains their values: export secrets before `launch`
+    instead."""
     python: Text | None = None
-    """Python with podlaunch on the nodes; null: the one that `launch` runs on. With a `container`, the one in it."""
+    """Python with podlaunch on the nodes; null: the Python that runs `launch`. With a `container`: the workers'
+    Python in its image; null: `python3`."""
     container: ContainerConfig | None = None
-    """`image`, and a list of `mounts`, for the workers. What watches them stays outside."""
+    """`image` and a list of `mounts` for the workers. The job's launcher runs outside the container."""
     interface: Text | None = None
-    """Network interface on which processes and NCCL meet, such as `ib0`; null: the one that leads to the other
+    """Network interface for the processes and NCCL, such as `ib0`; null: the interface that leads to the other
     nodes."""
     save_minutes: Annotated[float, Field(ge=0.5, le=600)] = 5.0
-    """Minutes before the time limit at which the run begins to save. SLURM may be up to one minute early."""
+    """Minutes before the time limit at which the run begins to save. SLURM may signal up to one minute early."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -152,12 +162,14 @@ class SlurmCluster(Section):
 
     @property
     def tasks_per_node(self) -> int:
+        """Processes of a run on each node."""
         return self.gpus_per_node if self.process_per == "gpu" else 1
 
 
 def _name(value: str) -> str:
+    # Names become parts of REST paths; `:` and `.` occur in the ids of domain-scoped projects (example.com:name).
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.:-]{0,61}[a-z0-9])?", value):
-        raise ValueError("must be a name of small letters, digits and dashes")
+        raise ValueError("must be a name of lowercase letters, digits and dashes")
     return value
 
 
@@ -165,66 +177,66 @@ Name = Annotated[str, AfterValidator(_name)]
 
 
 class TpuCluster(Section):
-    """A slice of Cloud TPUs, or several, or a way of using them."""
+    """Settings of runs on one or more Cloud TPU slices."""
 
     accelerator: Text
-    """What follows `tpu-` in the name of a cluster, such as `v4-32`; `launch clusters tpu` lists all."""
+    """Generation and size, such as `v4-32` in the cluster `tpu-v4-32`; `launch clusters tpu` lists all."""
     project: Name | None = None
-    """Google Cloud project; null: the one of the credentials, or of gcloud."""
+    """Google Cloud project; null: the project of the credentials or of gcloud."""
     zone: Name | None = None
-    """Zone, such as `us-central2-b`; null: the one of gcloud."""
+    """Zone, such as `us-central2-b`; null: gcloud's zone."""
     tpu: Name | None = None
-    """Name of a TPU that exists; nothing is created or deleted then."""
+    """Name of an existing TPU, which podlaunch neither creates nor deletes."""
     provisioning: Literal["on-demand", "spot", "reserved"] = "on-demand"
-    """How the chips are paid for; `spot` is cheaper, and may be taken away at any time."""
+    """How the chips are paid for; `spot` is cheaper and can be preempted at any time."""
     reservation: Text | None = None
-    """Name of the reservation to take from; null: any, where `provisioning` is `reserved`."""
+    """Name of the reservation to use; null: any reservation, if `provisioning` is `reserved`."""
     runtime: Text | None = None
-    """Software version of the VMs; null: the one for this generation."""
+    """Software version of the VMs; null: the version for this generation."""
     network: Text | None = None
     """VPC network; null: the project's default."""
     subnetwork: Text | None = None
-    """Subnetwork; null: the network's own in this region."""
+    """Subnetwork; null: the network's subnetwork in this region."""
     external_ips: bool = True
-    """Give each VM an external address. Without one the subnetwork needs Private Google Access."""
+    """Give each VM an external address. Without external addresses, the subnetwork needs Private Google Access."""
     tags: Texts = ()
     """Network tags of the VMs, to which firewall rules apply."""
     service_account: Text | None = None
-    """Account as which the VMs act; null: the default one of Compute Engine."""
+    """Service account of the VMs; null: Compute Engine's default account."""
     labels: Labels = Field(default_factory=dict)
-    """Labels of what is created, for bills. podlaunch adds its own."""
+    """Labels of the created resources, for billing. podlaunch adds its own."""
     valid_until_hours: PositiveFloat | None = None
-    """Hours to wait in the queue for chips; null: without end."""
+    """Hours after which a request that is still queued ends; null: never."""
     reach: Literal["external", "internal", "iap"] = "external"
-    """How SSH gets to the VMs: by their external addresses, by their internal ones, or through the tunnel of
-    Identity-Aware Proxy."""
+    """How ssh reaches the VMs: by their external addresses, by their internal addresses, or through the tunnel
+    of Identity-Aware Proxy."""
     iap_group: Text | None = None
-    """Destination group of the tunnel, which `reach: iap` needs."""
+    """Destination group of the tunnel; required for `reach: iap`."""
     ssh_user: Text | None = None
-    """User on the VMs; null: the one here. With `os_login`, the one of your profile."""
+    """User name on the VMs; null: your local user name. With `os_login`, set the one of your OS Login profile."""
     ssh_key: Text | None = None
-    """File of the private key; null: `~/.ssh/google_compute_engine`, made if absent."""
+    """File of the private key; null: `~/.ssh/google_compute_engine`, created if it is missing."""
     os_login: bool = False
-    """The project manages keys by OS Login; false: the key is put into the VMs' metadata."""
+    """The project manages keys by OS Login; false: podlaunch adds your public key to the VMs' metadata."""
     ssh_options: Texts = ()
-    """Options of SSH, each as `ssh -o` takes it."""
+    """Options of ssh, each as `ssh -o` takes it."""
     python: Text | None = None
-    """Python with podlaunch's packages on the VMs; null: one is made there from the lock file."""
+    """Python with podlaunch's packages on the VMs; null: podlaunch builds one there from the lock file."""
     environment: Variables = Field(default_factory=dict)
-    """Variables of the workers. They are written down with the plan: secrets do not belong here."""
+    """Variables of the workers. The plan contains their values: use `secrets` for secrets."""
     secrets: Annotated[tuple[str, ...], AfterValidator(_variables), from_list] = ()
-    """Names of variables that the workers get from the environment of `launch`. Their values are never written
-    down."""
+    """Names of variables that the workers get from the environment of `launch`. Their values are never
+    stored."""
     keep: bool = False
-    """Do not delete what was created when the run has ended."""
+    """After the run, keep the TPUs that podlaunch created."""
     contact_seconds: PositiveFloat = 120.0
-    """Seconds after which a VM that does not answer is given up; one that has just been created takes its time."""
+    """Seconds to wait for a VM to answer; a new VM needs time to start."""
     platform: Literal["tpu", "cpu"] = "tpu"
-    """`cpu`: rehearse on CPU devices in the place of chips."""
+    """`cpu`: rehearse on CPU devices instead of TPU chips."""
     min_disk_gib: PositiveFloat = 5.0
-    """Free disk in GiB without which a VM is not used."""
+    """Free disk that each VM must have, in GiB."""
     max_code_mib: PositiveFloat = 100.0
-    """Size in MiB above which the code is not shipped."""
+    """Largest size of the code that podlaunch copies to the VMs, in MiB."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -240,13 +252,13 @@ class TpuCluster(Section):
 
 
 def files() -> list[Path]:
-    """Where named clusters are looked up, the first first."""
+    """Files that define named clusters; for a name in both, the first file wins."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return [Path("configs/clusters.yaml"), home / "podlaunch" / "clusters.yaml"]
 
 
 def named_clusters() -> dict[str, SlurmCluster | TpuCluster]:
-    """All named clusters. Raises UserError with every problem of their files."""
+    """All named clusters. Raises UserError with every problem in the first file that has one."""
     found: dict[str, SlurmCluster | TpuCluster] = {}
     for file in files():
         if not file.is_file():
@@ -259,5 +271,5 @@ def named_clusters() -> dict[str, SlurmCluster | TpuCluster]:
 
 
 def _kind(settings: dict[str, Any]) -> type[SlurmCluster | TpuCluster]:
-    """What has an accelerator is a slice of TPUs."""
+    """The kind of a cluster: one with an `accelerator` is a TPU cluster."""
     return TpuCluster if "accelerator" in settings else SlurmCluster

@@ -1,5 +1,5 @@
-"""The one exception for what the user must mend: shown without a traceback, exit code 2, never retried."""
+"""The one exception for problems that the user must fix: no traceback, exit code 2, never retried."""
 
 
 class UserError(ValueError):
-    """One line a problem: what is wrong, the value received, what is allowed, the next step."""
+    """One line for each problem: what is wrong, the value received, what is allowed, the next step."""

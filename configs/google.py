@@ -1,6 +1,6 @@
-"""Cloud Storage as launcher/ and trainer/ both meet it: an address, and Google's errors in one line for the user.
+"""Cloud Storage for launcher/ and trainer/: gs:// addresses, the client, and Google's errors in one line.
 
-Google's packages are imported where they are used: they take 0.3 s, and most commands do without.
+Functions import Google's packages themselves: the import takes 0.3 s, and most commands do not need it.
 """
 
 import base64
@@ -12,17 +12,18 @@ from typing import Any
 from configs.errors import UserError
 
 READ_SECONDS = 10.0
+"""Seconds without an answer, or without a further byte, after which a request fails."""
 RETRY_SECONDS = 30.0
-"""For listing and small objects; what is streamed has its own rules."""
+"""Seconds to retry requests for listings and small objects. Streamed images have limits of their own."""
 LOG_IN = "`gcloud auth application-default login`"
 
 
 class UnreachableError(Exception):
-    """The service does not answer, or not as it should. Later it may."""
+    """The service does not answer, or answers with an error of its own. A later attempt may succeed."""
 
 
 def bucket_and_prefix(url: str) -> tuple[str, str]:
-    """`gs://bucket/a/b` as ("bucket", "a/b/"). Raises UserError where it names no bucket."""
+    """`gs://bucket/a/b` as ("bucket", "a/b/"). Raises UserError if the address names no bucket."""
     bucket, _, prefix = url.removeprefix("gs://").partition("/")
     if not bucket:
         raise UserError(f"{url}: names no bucket; give gs://bucket/prefix")
@@ -31,22 +32,26 @@ def bucket_and_prefix(url: str) -> tuple[str, str]:
 
 
 def retry(seconds: float | None = None) -> Any:
-    """The client's own repetitions: RETRY_SECONDS instead of its two minutes, unless told."""
+    """The client's retry policy, limited to `seconds`, by default RETRY_SECONDS instead of its own two minutes."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     return DEFAULT_RETRY.with_timeout(seconds or RETRY_SECONDS).with_delay(initial=0.1, maximum=4.0)
 
 
 def client() -> Any:
-    """Google's client, which needs no project for what is done here."""
+    """Google's client. Raises google.auth.exceptions.DefaultCredentialsError where there are no credentials."""
     from google.cloud import storage
 
+    # Only creating and listing buckets needs a project, but by default the client refuses to start without one.
     return storage.Client(project=None)
 
 
 @contextmanager
 def explained(where: str, *, bucket: str, roles: str) -> Iterator[None]:
-    """Raises UserError for what the user must mend, and UnreachableError; `roles` are those that are needed."""
+    """Turn Google's errors into UserError where the user must fix something, and into UnreachableError otherwise.
+
+    `where` begins the message, and `roles` are those that the credentials need on `bucket`.
+    """
     from google.api_core.exceptions import GoogleAPICallError, NotFound, RetryError
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
     from requests.exceptions import RequestException
@@ -68,7 +73,8 @@ def explained(where: str, *, bucket: str, roles: str) -> Iterator[None]:
         code = getattr(e, "code", None)
         if code in (401, 403):
             raise UserError(denied(where, code, roles)) from None
-        cause = getattr(e, "cause", None) or e  # of the client's repetitions
+        # After the last retry, the client wraps the error of the service, which is the one that explains.
+        cause = getattr(e, "cause", None) or e
         raise UnreachableError(f"{where} cannot be reached: {first_line(cause)}") from None
     except GoogleAuthError as e:
         if is_passing(e):
@@ -77,7 +83,7 @@ def explained(where: str, *, bucket: str, roles: str) -> Iterator[None]:
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """All that the client raises of a service that refuses or cannot be reached."""
+    """All exceptions that the client raises when the service refuses a request or cannot be reached."""
     from google.api_core.exceptions import GoogleAPICallError, RetryError
     from google.auth.exceptions import GoogleAuthError
     from requests.exceptions import RequestException
@@ -86,20 +92,22 @@ def errors() -> tuple[type[Exception], ...]:
 
 
 def is_passing(error: Any) -> bool:
-    """Whether credentials were only out of reach. google-auth says so, or wraps what it met, in several ways."""
+    """Whether a GoogleAuthError is temporary, such as an unreachable token server."""
     from google.auth.exceptions import TransportError
 
+    # google-auth marks such an error, chains it, or passes it as an argument, depending on the kind of credentials.
     return error.retryable or any(
         isinstance(e, TransportError) for e in (error, error.__cause__, *error.args)
     )
 
 
 def crc32c(blob: Any) -> int:
-    """The Castagnoli CRC (RFC 3720, appendix B.4) of a whole object, as the service keeps it."""
+    """The CRC-32C (RFC 3720, appendix B.4) of a whole object, which the service stores with it in base64."""
     return int.from_bytes(base64.b64decode(blob.crc32c), "big")
 
 
 def denied(where: str, status: int, roles: str) -> str:
+    """Message for credentials without permission; `status` is the HTTP status."""
     return (
         f"{where}: these credentials have no permission (HTTP {status}); give them {roles}, "
         f"or log in with others: {LOG_IN}"
@@ -107,8 +115,10 @@ def denied(where: str, status: int, roles: str) -> str:
 
 
 def refused(where: str, error: Exception) -> str:
+    """Message for credentials that Google refuses, such as expired ones."""
     return f"{where}: the Google credentials were refused ({first_line(error)}); renew them, as with {LOG_IN}"
 
 
 def first_line(error: BaseException) -> str:
+    """First line of the error's text, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

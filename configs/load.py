@@ -1,4 +1,4 @@
-"""A recipe file and `section.key=value` overrides become a RunConfig, or errors that teach.
+"""Load a recipe file and `section.key=value` overrides as a RunConfig.
 
 All problems are reported at once, each with file, line, key, value, what is allowed and, for a
 misspelt name, the nearest valid one.
@@ -19,15 +19,18 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 
 Loc = tuple[str, ...]
+"""Path of a key: `("train", "batch_size")`."""
 Model = TypeVar("Model", bound=BaseModel)
-# A tag on what it does not fit (`!!int x`) is a ValueError; nesting without end, as in `a: &x [*x]`, the last.
+# PyYAML raises ValueError for a tag that does not fit its value (`!!int x`), and RecursionError for a value that
+# contains itself (`a: &x [*x]`).
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads numbers as YAML 1.2 and every user do: `1e-4` is one, `0100`, `1:30` and dates are not."""
+    """SafeLoader that reads scalars as users expect: `1e-4` is a number; `0100`, `1:30` and dates are text."""
 
 
+# PyYAML follows YAML 1.1, in which 0100 is 64, 1:30 is 90, and 1e-4 is text.
 _REPLACED = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
@@ -44,7 +47,10 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the recipe at `path` and apply `section.key=value` overrides. Raises UserError."""
+    """Read the recipe at `path` and apply `section.key=value` overrides.
+
+    Raises UserError with one line for each problem.
+    """
     values, where, problems = _read(path)
     for override in overrides:
         problems += _apply(override, values, where)
@@ -53,14 +59,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as e:
         problems += [line for error in e.errors() for line in _explain(error, path, where)]
     if problems:
-        # Each member of a union reports the same value.
+        # Each member of a union reports the same value; dict.fromkeys keeps the first of equal lines.
         raise UserError("\n".join(dict.fromkeys(problems)))
     return config
 
 
 def load_entries(path: Path, model_of: Callable[[dict[str, Any]], type[Model]]) -> dict[str, Model]:
-    """The file at `path`, a mapping of names to sections; `model_of` tells their kind. Raises UserError."""
-    values, where, problems = _read(path, "it is a mapping of names to settings")
+    """The entries of the file at `path`, a mapping of names to sections; `model_of` gives the model of a section.
+
+    Raises UserError with one line for each problem.
+    """
+    values, where, problems = _read(path, "the file must be a mapping of names to settings")
     entries = {}
     for name, value in values.items():
         below = {loc[1:]: line for loc, line in where.items() if loc[0] == str(name)}
@@ -81,7 +90,10 @@ def load_entries(path: Path, model_of: Callable[[dict[str, Any]], type[Model]]) 
 
 
 def with_settings(entry: Model, settings: Sequence[str], option: str, owner: str) -> Model:
-    """`entry`, called `owner`, with each `key=value` that the command line's `option` gives. Raises UserError."""
+    """A copy of `entry` with each `key=value` of `settings`, which the command line's `option` gave.
+
+    `owner` is the name of the entry in messages. Raises UserError.
+    """
     values: dict[str, Any] = entry.model_dump()
     where: dict[Loc, str] = {}
     for setting in settings:
@@ -100,7 +112,7 @@ def with_settings(entry: Model, settings: Sequence[str], option: str, owner: str
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
-    """`; did you mean "x"?` for a near miss, else an empty string."""
+    """`; did you mean "x"?` if a valid name is similar to `name`, else an empty string."""
     match = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f'; did you mean "{match[0]}"?' if match else ""
 
@@ -108,7 +120,7 @@ def nearest(name: str, valid: Sequence[str]) -> str:
 def _read(
     path: Path, what: str = "a recipe is a mapping of sections (model:, data:, …)"
 ) -> tuple[dict[str, Any], dict[Loc, str], list[str]]:
-    """Values, where each key stands (`file:line`), and problems of the YAML itself."""
+    """The values, the place of each key (`file:line`), and the problems of the YAML itself."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -121,6 +133,7 @@ def _read(
     where: dict[Loc, str] = {}
     problems: list[str] = []
     try:
+        # Nodes know their lines, and values do not: parse once, and use the same nodes for both.
         loader = _Loader(text)
         root = loader.get_single_node()
         _locate(root, (), path, where, problems)
@@ -136,7 +149,7 @@ def _read(
 
 
 def _locate(node: Any, loc: Loc, path: Path, where: dict[Loc, str], problems: list[str]) -> None:
-    """Record the line of every key below `node`, and refuse keys written twice."""
+    """Record the line of every key below `node`, and report keys written twice, of which YAML keeps the last."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -149,13 +162,14 @@ def _locate(node: Any, loc: Loc, path: Path, where: dict[Loc, str], problems: li
 
 
 def _apply(override: str, values: dict[str, Any], where: dict[Loc, str]) -> list[str]:
-    """Set one `section.key=value` in `values`; the problems with it."""
+    """Set one `section.key=value` in `values`; return the problems with it."""
     key, equals, text = override.partition("=")
     loc = tuple(key.split("."))
     if not equals or len(loc) < 2 or not all(loc):
         return [f"{override!r}: an override is section.key=value, such as train.batch_size=512"]
     section: Any = values
     for name in loc[:-1]:
+        # An empty section, `train:` without keys, is null in YAML.
         if section.get(name) is None:
             section[name] = {}
         section = section[name]
@@ -168,7 +182,7 @@ def _apply(override: str, values: dict[str, Any], where: dict[Loc, str]) -> list
 
 
 def _value(text: str) -> Any:
-    """What stands behind a `=`: YAML, or else the text itself."""
+    """The value after a `=`, read as YAML, or the text itself where that is not valid YAML."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except _YAML_ERRORS:
@@ -178,13 +192,17 @@ def _value(text: str) -> Any:
 def _explain(
     error: ErrorDetails, path: Path, where: dict[Loc, str], root: type[BaseModel] = RunConfig, owner: str = ""
 ) -> list[str]:
-    """One pydantic error in the words of the user's file; `owner` is the entry that is a `root`."""
-    # A union adds its member's tag to the location, and tuples their index: keep the user's keys.
+    """The lines for one pydantic error, with the names of the user's file.
+
+    `owner` is the name of the entry that `root` describes, or empty for a whole recipe.
+    """
+    # Pydantic's location also has the tags of unions and the indices of tuples: keep only the user's keys.
     loc = tuple(part for part in map(str, error["loc"]) if not part.startswith(("literal[", "constrained-")))
     model, known = _model_at(root, loc)
     while loc and loc not in where and not known:
         loc = loc[:-1]
         model, known = _model_at(root, loc)
+    # A missing key has no line of its own: name the line of the nearest section around it.
     line = next((where[loc[:i]] for i in range(len(loc), -1, -1) if loc[:i] in where), str(path))
     key = ".".join((owner, *loc) if owner else loc)
     text = error["msg"].removeprefix("Value error, ")
@@ -208,7 +226,7 @@ def _explain(
 
 
 def _line_of(problem: str, where: dict[Loc, str], path: Path) -> str:
-    """Where the key stands that a cross-section problem begins with."""
+    """The place of the key with which the text of a cross-section problem begins."""
     loc = tuple(problem.split()[0].split("."))
     return next((where[loc[:i]] for i in range(len(loc), 0, -1) if loc[:i] in where), str(path))
 
@@ -228,14 +246,14 @@ def _model_at(root: type[BaseModel], loc: Loc) -> tuple[type[BaseModel], bool]:
 
 
 def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The section that field `name` of `model` is, or may be."""
+    """The section that the field `name` of `model` holds, if it holds one."""
     field = model.model_fields.get(name)
     annotations = (field.annotation, *get_args(field.annotation)) if field else ()
     return next((a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)), None)
 
 
 def _allowed(error: ErrorDetails, model: type[BaseModel], known: bool, name: str) -> str:
-    """What the field `name` of `model` takes instead."""
+    """The values that the field `name` of `model` accepts, in words."""
     kind, context = error["type"], error.get("ctx", {})
     field = model.model_fields[name] if known else None
     annotation = field.annotation if field else None
@@ -270,7 +288,7 @@ def _allowed(error: ErrorDetails, model: type[BaseModel], known: bool, name: str
 
 
 def _choices(annotation: Any) -> list[Any]:
-    """Literal values anywhere in a type annotation."""
+    """The values of every Literal in a type annotation, however deep."""
     found: list[Any] = []
     for arg in get_args(annotation):
         found += [arg] if isinstance(arg, (str, int)) and not isinstance(arg, bool) else _choices(arg)
@@ -282,11 +300,13 @@ def _takes_number(annotation: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
+    """The type of a value in YAML's words, for messages."""
     names = {list: "list", dict: "mapping", str: "text", bool: "true/false", type(None): "null"}
     return names.get(type(value), "number")
 
 
 def _show(value: Any) -> str:
+    """A value as the user would write it in YAML, at most 80 characters on one line."""
     if isinstance(value, str) and not value.isprintable():
         return json.dumps(value)[:80]
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)

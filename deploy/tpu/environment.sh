@@ -1,12 +1,14 @@
 #!/bin/sh
-# On a TPU VM: environment.sh FOLDER makes a Python with the packages of the lock file below FOLDER, once for
-# each lock file, and prints its path. launcher/backends/tpu.py runs it.
+# On a TPU VM: `environment.sh FOLDER` builds a Python environment with the packages of the lock file below
+# FOLDER, once for each lock file, and prints the path of its Python. `launch` runs it over ssh.
 set -eu
 code=$(cd "$(dirname "$0")/../.." && pwd)
 lock=$code/requirements-tpu.txt
+# Named after the lock file, so that other code with other packages gets an environment of its own.
 environment=$1/$(sha256sum "$lock" | cut -c1-16)
 python=$environment/bin/python
 
+# .ready is written last: without it the environment is incomplete, and is built again.
 if [ ! -e "$environment/.ready" ]; then
   {
     mkdir -p "$1"
@@ -19,13 +21,13 @@ if [ ! -e "$environment/.ready" ]; then
         break
       fi
     done
-    # The VMs' own Python may be older than 3.11: uv brings one.
+    # The VM's own Python may be older than 3.11; uv downloads a newer one.
     if [ ! -e "$environment/.ready" ]; then
       python3 -m pip install --quiet --user uv
       python3 -m uv venv --quiet --python 3.12 "$environment"
       python3 -m uv pip install --quiet --python "$python" --require-hashes -r "$lock"
       touch "$environment/.ready"
     fi
-  } >&2
+  } >&2 # standard output is the path alone
 fi
 echo "$python"
