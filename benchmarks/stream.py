@@ -29,9 +29,9 @@ from configs.schema import RunConfig
 from tests import gcs
 from tests.trainer import datasets
 from trainer.data.order import Demand, Order, train_order
-from trainer.data.records import open_splits
-from trainer.data.storage import open_store
-from trainer.data.table import MANIFEST, RECORD, RECORDS, Shard, publish
+from trainer.data.sources.records import open_splits
+from trainer.data.storage.dataset import MANIFEST, RECORD, RECORDS, Shard, publish
+from trainer.data.storage.store import open_store
 
 DISTINCT = 256
 BATCH = 256

@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from configs import checkpoints as places
 from configs.schema import CheckpointConfig
-from trainer.data.storage import Store, checksum, open_store
+from trainer.data.storage.store import Store, checksum, open_store
 from trainer.mesh import wait_for_all
 from trainer.state import TrainState
 

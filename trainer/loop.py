@@ -23,7 +23,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig, num_examples
 from trainer.checkpoint import Checkpointer, DataPosition
 from trainer.data import open_splits
-from trainer.data.pipeline import eval_batches, train_batches
+from trainer.data.batches import eval_batches, train_batches
 from trainer.evaluate import evaluate
 from trainer.mesh import each_device, make_mesh, rows, wait_for_all
 from trainer.metrics import Interval, Stopwatch, TensorBoard, bound, local_rows, logdir

@@ -33,7 +33,7 @@ def write(source: Path, destination: Path) -> None:
 def stream(folder: Path, cores: int) -> Pass:
     """As training reads it, to batches that lie on JAX's device."""
     from trainer.data import open_splits
-    from trainer.data.pipeline import train_batches
+    from trainer.data.batches import train_batches
     from trainer.mesh import make_mesh, rows
 
     shards, num_images = folder / "podlaunch", len(files(folder / "images"))

@@ -10,9 +10,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from trainer.data.formats import array_record, example, tfrecord
-from trainer.data.storage import open_store
-from trainer.data.table import RECORD, Manifest, Shard, publish
+from trainer.data.storage.dataset import RECORD, Manifest, Shard, publish
+from trainer.data.storage.formats import array_record, example, tfrecord
+from trainer.data.storage.store import open_store
 
 
 def jpegs(n: int, size: int = 12, seed: int = 0) -> list[bytes]:

@@ -9,7 +9,7 @@ from configs.schema import RunConfig
 from trainer.data.split import Split
 
 # Imported when opened: Grain loads jax, which the tools of this package do without.
-_SOURCES = {name: f"trainer.data.{name}" for name in ("records", "digits", "synthetic")}
+_SOURCES = {name: f"trainer.data.sources.{name}" for name in ("records", "digits", "synthetic")}
 
 
 def open_splits(config: RunConfig) -> tuple[Split, Split]:

@@ -22,9 +22,9 @@ import google_crc32c
 import numpy as np
 
 from configs.errors import UserError
-from trainer.data.formats import array_record, example
-from trainer.data.storage import Object, Store, checksum, open_store
-from trainer.data.table import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
+from trainer.data.storage.dataset import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
+from trainer.data.storage.formats import array_record, example
+from trainer.data.storage.store import Object, Store, checksum, open_store
 from trainer.data.tools import inputs, parallel
 from trainer.data.tools.images import is_image, shrink
 from trainer.data.tools.inputs import Item, Listing, Part

@@ -18,7 +18,7 @@ def shrink(content: bytes, short_side: int) -> bytes:
 
     Raises ValueError where it cannot be decoded.
     """
-    from trainer.data.images import decode
+    from trainer.data.pixels.decode import decode
 
     pixels = decode(content)
     height, width = pixels.shape[:2]

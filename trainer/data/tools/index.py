@@ -8,9 +8,9 @@ import google_crc32c
 import numpy as np
 
 from configs.errors import UserError
-from trainer.data.formats import FORMATS, detect, format_of
-from trainer.data.storage import Object, Store, open_store
-from trainer.data.table import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
+from trainer.data.storage.dataset import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
+from trainer.data.storage.formats import FORMATS, detect, format_of
+from trainer.data.storage.store import Object, Store, open_store
 from trainer.data.tools import parallel
 from trainer.data.tools.shards import find, from_zero, opened, place, split_pattern
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from configs.errors import UserError
-from trainer.data.formats import FORMATS, format_of
-from trainer.data.storage import Object, open_store
+from trainer.data.storage.formats import FORMATS, format_of
+from trainer.data.storage.store import Object, open_store
 from trainer.data.tools.shards import check_name, find, opened
 
 KINDS = ("imagefolder", "tfrecord", "webdataset", "parquet")

@@ -9,7 +9,7 @@ import numpy as np
 from configs.errors import UserError
 from configs.schema import RunConfig
 from trainer.data.order import Demand, Order, train_order
-from trainer.data.table import open_dataset
+from trainer.data.storage.dataset import open_dataset
 
 
 class Key(NamedTuple):

@@ -12,9 +12,9 @@ from typing import BinaryIO
 import numpy as np
 
 from configs.errors import UserError
-from trainer.data.fetch import Fetcher
-from trainer.data.request import Request
-from trainer.data.storage import Object, Store, checksum, open_store
+from trainer.data.storage.fetch import Fetcher
+from trainer.data.storage.request import Request
+from trainer.data.storage.store import Object, Store, checksum, open_store
 
 RANGE_BYTES = 8 << 20
 RANGES_AHEAD = 4

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from configs.errors import UserError
-from trainer.data.fetch import Fetcher
-from trainer.data.table import Dataset
+from trainer.data.storage.dataset import Dataset
+from trainer.data.storage.fetch import Fetcher
 from trainer.data.tools.verify import fault
 from trainer.grid import captioned_grid
 
@@ -54,7 +54,7 @@ def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
 
     Raises UserError where one is damaged.
     """
-    from trainer.data.images import decode
+    from trainer.data.pixels.decode import decode
 
     chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(np.int64))
     tiles, captions = [], []

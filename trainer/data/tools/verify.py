@@ -7,10 +7,10 @@ from functools import partial
 import google_crc32c
 import numpy as np
 
-from trainer.data.formats import FORMATS
-from trainer.data.request import Request
-from trainer.data.storage import Object, Store, open_store
-from trainer.data.table import Dataset
+from trainer.data.storage.dataset import Dataset
+from trainer.data.storage.formats import FORMATS
+from trainer.data.storage.request import Request
+from trainer.data.storage.store import Object, Store, open_store
 from trainer.data.tools import parallel
 from trainer.data.tools.shards import RANGE_BYTES, stream
 
@@ -88,7 +88,7 @@ def fault(image: bytes, crc32c: int, decode: bool) -> str | None:
     if actual != crc32c:
         return f"its crc32c is {actual:08x}, not {crc32c:08x}"
     if decode:
-        from trainer.data.images import decode as decoded
+        from trainer.data.pixels.decode import decode as decoded
 
         try:
             decoded(image)

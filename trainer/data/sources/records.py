@@ -11,13 +11,13 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataConfig, RunConfig
-from trainer.data.cache import Cache
-from trainer.data.fetch import Fetcher
-from trainer.data.images import eval_image, train_image
 from trainer.data.order import Demand
-from trainer.data.reader import DamagedRecordError, Reader
+from trainer.data.pixels.transform import eval_image, train_image
 from trainer.data.split import Sample, padding
-from trainer.data.table import Dataset, open_dataset
+from trainer.data.storage.cache import Cache
+from trainer.data.storage.dataset import Dataset, open_dataset
+from trainer.data.storage.fetch import Fetcher
+from trainer.data.storage.reader import DamagedRecordError, Reader
 
 _log = logging.getLogger(__name__)
 EVAL_SHARE = 0.25

@@ -15,12 +15,12 @@ from configs.errors import UserError
 from configs.google import UnreachableError
 from tests import gcs as cloud
 from tests.trainer import datasets
-from trainer.data.cache import Cache
-from trainer.data.fetch import Fetcher, Limiter
 from trainer.data.order import Demand, Order
-from trainer.data.reader import DamagedRecordError, Reader
-from trainer.data.storage import TransientError
-from trainer.data.table import Dataset, open_dataset
+from trainer.data.storage.cache import Cache
+from trainer.data.storage.dataset import Dataset, open_dataset
+from trainer.data.storage.fetch import Fetcher, Limiter
+from trainer.data.storage.reader import DamagedRecordError, Reader
+from trainer.data.storage.store import TransientError
 
 N, BATCH = 240, 16
 IMAGES = datasets.blobs(N, size=3000)
@@ -171,8 +171,10 @@ def test_many_slow_requests_at_once_are_raced_within_the_budget(server: cloud.Se
 
 
 def test_a_body_that_only_trickles_is_given_up(server: cloud.Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.fetch.READ_SECONDS", 0.1)
-    monkeypatch.setattr("trainer.data.fetch.HEDGE_SHARE", -1.0)  # no second request comes to the rescue
+    monkeypatch.setattr("trainer.data.storage.fetch.READ_SECONDS", 0.1)
+    monkeypatch.setattr(
+        "trainer.data.storage.fetch.HEDGE_SHARE", -1.0
+    )  # no second request comes to the rescue
     dataset, fetcher = open_dataset(URL), Fetcher(retry_seconds=30)
     server.faults.append(fault("stall", seconds=1.0, count=1))
     with reading(dataset, fetcher, epochs=1) as (reader, demand):

@@ -13,7 +13,7 @@ from tests import gcs as cloud
 from tests.trainer import datasets
 from tests.trainer.small import Recorder, config_of, run
 from trainer.data import open_splits
-from trainer.data.pipeline import Batches, eval_batches, train_batches
+from trainer.data.batches import Batches, eval_batches, train_batches
 from trainer.mesh import make_mesh, rows
 
 N = 96

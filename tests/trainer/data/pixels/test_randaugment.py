@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from configs.schema import AugmentConfig
-from trainer.data.images import sample_rng
-from trainer.data.randaugment import SIGNED, UNSIGNED, randaugment
+from trainer.data.pixels.randaugment import SIGNED, UNSIGNED, randaugment
+from trainer.data.pixels.transform import sample_rng
 
 SIZE = 40
 IMAGE = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)

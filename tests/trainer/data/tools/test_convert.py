@@ -19,8 +19,8 @@ from PIL import Image
 from configs.errors import UserError
 from tests.gcs import Fault
 from tests.trainer.datasets import jpegs, write_tfrecord
-from trainer.data.formats import FORMATS, array_record, example
-from trainer.data.table import MANIFEST, Dataset, open_dataset
+from trainer.data.storage.dataset import MANIFEST, Dataset, open_dataset
+from trainer.data.storage.formats import FORMATS, array_record, example
 from trainer.data.tools import convert as tool
 from trainer.data.tools import inputs, parallel
 from trainer.data.tools.index import index

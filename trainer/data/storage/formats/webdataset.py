@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import BinaryIO
 
-from trainer.data.formats.entry import Entry
+from trainer.data.storage.formats.entry import Entry
 
 SUFFIXES = (".tar",)
 FRAMING = None

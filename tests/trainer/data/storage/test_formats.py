@@ -14,8 +14,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grain.sources import ArrayRecordDataSource
 
 from configs.errors import UserError
-from trainer.data.formats import FORMATS, array_record, detect, example, tfrecord, webdataset
-from trainer.data.formats.entry import Framing
+from trainer.data.storage.formats import FORMATS, array_record, detect, example, tfrecord, webdataset
+from trainer.data.storage.formats.entry import Framing
 
 
 def scanned(module, content: bytes) -> list:

@@ -1,7 +1,7 @@
 """Containers of records: where in a shard each encoded image lies, and its label.
 
 A new format is one file here, with SUFFIXES, FRAMING and scan, and one line in FORMATS. Formats are
-scanned once, into the table of trainer/data/table.py; training reads by that table alone.
+scanned once, into the table of trainer/data/storage/dataset.py; training reads by that table alone.
 """
 
 import re
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import cast
 
 from configs.errors import UserError
-from trainer.data.formats import array_record, tfrecord, webdataset
-from trainer.data.formats.entry import Entry, Format, Framing
+from trainer.data.storage.formats import array_record, tfrecord, webdataset
+from trainer.data.storage.formats.entry import Entry, Format, Framing
 
 __all__ = ["FORMATS", "Entry", "Format", "Framing", "detect", "format_of"]
 

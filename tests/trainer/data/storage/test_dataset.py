@@ -12,8 +12,8 @@ from tests import gcs as cloud
 from tests.trainer import datasets
 from tests.trainer.small import config_of
 from trainer.data import open_splits
-from trainer.data.storage import Object
-from trainer.data.table import RECORD, Dataset, open_dataset
+from trainer.data.storage.dataset import RECORD, Dataset, open_dataset
+from trainer.data.storage.store import Object
 
 IMAGES = datasets.jpegs(40)
 LABELS = [i % 10 for i in range(40)]
@@ -198,7 +198,7 @@ def test_a_memory_that_the_shuffle_does_not_fit_in(tmp_path: Path) -> None:
     datasets.write(tmp_path, IMAGES, LABELS)
     config = recipe(tmp_path, tmp_path, "data.memory_mib=0.001")
     train, _ = open_splits(config)
-    from trainer.data.pipeline import train_batches
+    from trainer.data.batches import train_batches
     from trainer.mesh import make_mesh, rows
 
     with pytest.raises(UserError, match=r"data.memory_mib = 0.001 is too little: .* lower\s+data.window"):

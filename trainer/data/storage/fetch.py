@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from configs.google import READ_SECONDS, UnreachableError
-from trainer.data.cache import Cache
-from trainer.data.request import Request
-from trainer.data.storage import CONNECTIONS, AbandonedError, TransientError
+from trainer.data.storage.cache import Cache
+from trainer.data.storage.request import Request
+from trainer.data.storage.store import CONNECTIONS, AbandonedError, TransientError
 
 RETRY_SECONDS = 60.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 8.0

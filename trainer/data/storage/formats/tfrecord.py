@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import google_crc32c
 
-from trainer.data.formats import example
-from trainer.data.formats.entry import Entry
+from trainer.data.storage.formats import example
+from trainer.data.storage.formats.entry import Entry
 
 SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec")
 FRAMING = None

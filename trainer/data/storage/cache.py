@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.request import Request
+from trainer.data.storage.request import Request
 
 _log = logging.getLogger(__name__)
 PARTIAL = ".partial"

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from configs.errors import UserError
-from trainer.data.formats import FORMATS
-from trainer.data.request import Request
-from trainer.data.storage import Object, Store, open_store
+from trainer.data.storage.formats import FORMATS
+from trainer.data.storage.request import Request
+from trainer.data.storage.store import Object, Store, open_store
 
 MANIFEST, RECORDS = "manifest.json", "records.npy"
 VERSION = 1
@@ -44,7 +44,7 @@ class Manifest:
     """A dataset, without its rows."""
 
     format: str
-    """A name of trainer.data.formats."""
+    """A name of trainer.data.storage.formats."""
     shards: tuple[Shard, ...]
     records_sha256: str
     """Of the rows, as bytes."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trainer.data.formats.entry import Framing
-from trainer.data.storage import Object, Store
+from trainer.data.storage.formats.entry import Framing
+from trainer.data.storage.store import Object, Store
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from trainer.data.formats import example
-from trainer.data.formats.entry import Entry, Framing
+from trainer.data.storage.formats import example
+from trainer.data.storage.formats.entry import Entry, Framing
 
 SUFFIXES = (".array_record", ".arrayrecord")
 FRAMING = Framing(1 << 16, 24)

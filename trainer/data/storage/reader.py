@@ -14,11 +14,11 @@ from itertools import pairwise
 import google_crc32c
 import numpy as np
 
-from trainer.data.fetch import Fetcher
 from trainer.data.order import Demand, WindowKey
-from trainer.data.request import Request
-from trainer.data.storage import AbandonedError
-from trainer.data.table import Dataset
+from trainer.data.storage.dataset import Dataset
+from trainer.data.storage.fetch import Fetcher
+from trainer.data.storage.request import Request
+from trainer.data.storage.store import AbandonedError
 
 GAP_BYTES, GAP_RECORDS = 4 << 10, 2
 """What is read along rather than asked for around: a container's own bytes, and up to two unwanted records,
