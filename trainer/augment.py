@@ -30,16 +30,18 @@ def augment(
     if settings.flip:
         mirrored = jax.random.bernoulli(flip_key, 0.5, (images.shape[0], 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
-    pixels = _jitter(images.astype(jnp.float32) / 255, settings, jitter_key)
+    pixels = _color_jitter(images.astype(jnp.float32) / 255, settings, jitter_key)
     pixels = _standardise(pixels, config.data)
     if settings.erasing:
-        pixels = jnp.where(_erased(pixels.shape[:3], settings.erasing, erasing_key)[..., None], 0, pixels)
+        pixels = jnp.where(
+            _erasing_mask(pixels.shape[:3], settings.erasing, erasing_key)[..., None], 0, pixels
+        )
     targets = optax.smooth_labels(
         jax.nn.one_hot(labels, config.model.num_classes), config.train.label_smoothing
     )
     targets = jnp.where(labels[:, None] >= 0, targets, 0)
     if settings.mixup or settings.cutmix:
-        pixels, targets = _mix(pixels, targets, labels, settings, mix_key)
+        pixels, targets = _mix_pairs(pixels, targets, labels, settings, mix_key)
     return pixels, targets
 
 
@@ -53,15 +55,15 @@ def _standardise(pixels: jax.Array, data: DataConfig) -> jax.Array:
     return (pixels - mean) / std
 
 
-def _jitter(pixels: jax.Array, settings: AugmentConfig, key: jax.Array) -> jax.Array:
+def _color_jitter(pixels: jax.Array, settings: AugmentConfig, key: jax.Array) -> jax.Array:
     """torchvision's ColorJitter of images in [0, 1]: each blends with black, mean grey or grey, in this order."""
     spreads = dict(zip(("black", "mean", "grey"), settings.color_jitter, strict=True))
-    shades = {"black": jnp.zeros_like, "mean": lambda x: _mean(_grey(x)), "grey": _grey}
-    for (name, spread), its_key in zip(spreads.items(), jax.random.split(key, len(spreads)), strict=True):
+    shades = {"black": jnp.zeros_like, "mean": lambda x: _exact_mean(_grey(x)), "grey": _grey}
+    for (name, spread), draw_key in zip(spreads.items(), jax.random.split(key, len(spreads)), strict=True):
         if not spread:
             continue
         shape = (len(pixels), 1, 1, 1)
-        factor = jax.random.uniform(its_key, shape, minval=1 - spread, maxval=1 + spread)
+        factor = jax.random.uniform(draw_key, shape, minval=1 - spread, maxval=1 + spread)
         other = shades[name](pixels)
         pixels = jnp.clip(factor * pixels + (1 - factor) * other, 0, 1)
     return pixels
@@ -73,14 +75,14 @@ def _grey(pixels: jax.Array) -> jax.Array:
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-def _mean(grey: jax.Array) -> jax.Array:
+def _exact_mean(grey: jax.Array) -> jax.Array:
     """(batch, 1, 1, 1): the mean of each image, to the same bits however the compiler orders the sum."""
     size = grey.shape[1] * grey.shape[2]
     one = 2 ** (30 - size.bit_length())  # the finest unit of which int32 holds the sum
     return jnp.rint(grey * one).astype(jnp.int32).sum((1, 2), keepdims=True) / (one * size)
 
 
-def _erased(shape: tuple[int, ...], probability: float, key: jax.Array) -> jax.Array:
+def _erasing_mask(shape: tuple[int, ...], probability: float, key: jax.Array) -> jax.Array:
     """(batch, height, width) bool: a rectangle of a share of the rows (Zhong et al. 2017), as torchvision draws it.
 
     The first of ten rectangles that fits, and where none does, none.
@@ -97,17 +99,17 @@ def _erased(shape: tuple[int, ...], probability: float, key: jax.Array) -> jax.A
     first = jnp.argmax(fits, axis=1)[:, None]
     box = [jnp.take_along_axis(x, first, 1)[:, 0] for x in (top, left, top + h, left + w)]
     erased = (draws[:, 0] < probability) & fits.any(1)
-    return _inside(box, height, width) & erased[:, None, None]
+    return _rectangle_mask(box, height, width) & erased[:, None, None]
 
 
-def _inside(box: list[jax.Array], height: int, width: int) -> jax.Array:
+def _rectangle_mask(box: list[jax.Array], height: int, width: int) -> jax.Array:
     """(n, height, width) bool: the pixels from (top, left) to before (bottom, right), each (n,)."""
     top, left, bottom, right = (x[:, None, None] for x in box)
     row, column = jnp.arange(height)[:, None], jnp.arange(width)
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
 
 
-def _mix(
+def _mix_pairs(
     pixels: jax.Array, targets: jax.Array, labels: jax.Array, settings: AugmentConfig, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Both rows of each pair are blended with the other: mixup everywhere alike, CutMix within a rectangle."""
@@ -118,7 +120,7 @@ def _mix(
     if settings.mixup:
         own = share = _symmetric_beta(mixup_key, settings.mixup, pairs)[:, None, None]
     if settings.cutmix:
-        kept = 1.0 - _pasted(pairs, height, width, settings.cutmix, cutmix_key)
+        kept = 1.0 - _cutmix_mask(pairs, height, width, settings.cutmix, cutmix_key)
         cuts = jax.random.bernoulli(choice_key, 0.5, (pairs, 1, 1)) if settings.mixup else True
         # The rectangle may reach over the edge: the label counts what was pasted.
         own, share = jnp.where(cuts, kept, own), jnp.where(cuts, kept.mean((1, 2), keepdims=True), share)
@@ -132,14 +134,14 @@ def _mix(
     return blend(pixels, own[:, None, :, :, None]), blend(targets, share)
 
 
-def _pasted(pairs: int, height: int, width: int, alpha: float, key: jax.Array) -> jax.Array:
+def _cutmix_mask(pairs: int, height: int, width: int, alpha: float, key: jax.Array) -> jax.Array:
     """(pairs, height, width) bool: CutMix's rectangle (Yun et al. 2019), about any pixel, cut off at the edge."""
     share_key, place_key = jax.random.split(key)
     side = jnp.sqrt(1 - _symmetric_beta(share_key, alpha, pairs))
     at = jnp.floor(jax.random.uniform(place_key, (pairs, 2)) * jnp.array([height, width]))
     half = jnp.floor(side[:, None] * jnp.array([height, width])) // 2
     (top, left), (bottom, right) = (at - half).T, (at + half).T
-    return _inside([top, left, bottom, right], height, width)
+    return _rectangle_mask([top, left, bottom, right], height, width)
 
 
 def _symmetric_beta(key: jax.Array, alpha: float, n: int) -> jax.Array:

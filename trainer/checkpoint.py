@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from configs import checkpoints as places
+from configs import checkpoints as checkpoint_files
 from configs.schema import CheckpointConfig
 from trainer.data.storage.store import Store, checksum, open_store
 from trainer.mesh import wait_for_all
@@ -64,7 +64,7 @@ class _KeepBest(policies.PreservationPolicy):
         return [c.step in best for c in checkpoints]
 
 
-class _BackgroundErrors(logging.Handler):
+class _SaveErrorHandler(logging.Handler):
     """Catches what Orbax's saving thread logs as it fails.
 
     With several processes Orbax keeps the exception behind a barrier that the others reach only after its
@@ -86,15 +86,15 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
-        place = config.directory or str(directory)
-        self._directory = epath.Path(place)
-        self._store = open_store(place)
-        self._sign = 1 if config.metric == "eval/accuracy" else -1
-        self._writing: int | None = None
-        self._background = _BackgroundErrors()
-        logging.getLogger("absl").addHandler(self._background)
+        location = config.directory or str(directory)
+        self._directory = epath.Path(location)
+        self._store = open_store(location)
+        self._score_sign = 1 if config.metric == "eval/accuracy" else -1
+        self._saving_step: int | None = None
+        self._save_errors = _SaveErrorHandler()
+        logging.getLogger("absl").addHandler(self._save_errors)
         self._checksummer: threading.Thread | None = None
-        places.check(place)  # on each host: says in one line what Orbax would say in fifty
+        checkpoint_files.check(location)  # on each host: says in one line what Orbax would say in fifty
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
             _clear_unfinished(self._directory)
@@ -122,30 +122,30 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_named(state)), data=ocp.args.JsonSave(vars(data))
+                state=ocp.args.StandardSave(_by_dotted_name(state)), data=ocp.args.JsonSave(vars(data))
             ),
         )
-        self._writing = step
+        self._saving_step = step
 
     def poll(self) -> None:
         """Call every step: raises what a background save raised, and checksums one that has committed."""
-        if self._background.error is not None:
-            raise self._background.error
-        if self._writing is not None and not self._manager.is_saving_in_progress():
-            self._committed()
+        if self._save_errors.error is not None:
+            raise self._save_errors.error
+        if self._saving_step is not None and not self._manager.is_saving_in_progress():
+            self._finish_save()
 
     def wait(self) -> None:
         """Block until the last save is on disk."""
-        while self._writing is not None:
+        while self._saving_step is not None:
             self.poll()
             time.sleep(0.01)
         if self._checksummer is not None:
             self._checksummer.join()
             self._checksummer = None
 
-    def score(self, step: int, value: float) -> None:
+    def record_score(self, step: int, value: float) -> None:
         """Note the evaluation metric of `step` for keep_best."""
-        self.scores[step] = self._sign * value
+        self.scores[step] = self._score_sign * value
         if jax.process_index() == 0:
             self._store.write(SCORES, json.dumps(self.scores).encode())
 
@@ -154,21 +154,21 @@ class Checkpointer:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_named(abstract)), data=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(_by_dotted_name(abstract)), data=ocp.args.JsonRestore()
             ),
         )
         structure = jax.tree.structure(abstract)
-        leaves = [restored.state[name] for name in _named(abstract)]
+        leaves = [restored.state[name] for name in _by_dotted_name(abstract)]
         return jax.tree.unflatten(structure, leaves), DataPosition(**restored.data)
 
     def close(self) -> None:
         self.wait()
-        logging.getLogger("absl").removeHandler(self._background)
+        logging.getLogger("absl").removeHandler(self._save_errors)
         self._manager.close()
 
-    def _committed(self) -> None:
+    def _finish_save(self) -> None:
         self._manager.wait_until_finished()  # it has: this raises what went wrong, and closes its thread
-        step, self._writing = self._writing, None
+        step, self._saving_step = self._saving_step, None
         if jax.process_index() == 0:
             self._checksummer = threading.Thread(
                 target=_write_checksums, args=(self._directory, self._store, step), name="checksums"
@@ -176,7 +176,7 @@ class Checkpointer:
             self._checksummer.start()
 
 
-def _named(state: TrainState) -> dict[str, Any]:
+def _by_dotted_name(state: TrainState) -> dict[str, Any]:
     """Every leaf by its dotted path, in the order of jax.tree.leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
@@ -185,7 +185,7 @@ def _named(state: TrainState) -> dict[str, Any]:
 def _checksums(step: epath.Path) -> dict[str, int]:
     """CRC-32C of every file of a checkpoint, by its path in there."""
     if str(step).startswith("gs://"):  # kept by the service: nothing is downloaded
-        sums = places.checksums(str(step))
+        sums = checkpoint_files.checksums(str(step))
     else:
         files = (p for p in Path(step).rglob("*") if p.is_file())
         sums = {str(p.relative_to(step)): _crc32c(p) for p in files}
@@ -207,7 +207,7 @@ def _write_checksums(directory: epath.Path, store: Store, step: int) -> None:
         pass  # a newer save has deleted this checkpoint meanwhile
 
 
-def _damage(directory: epath.Path, store: Store, step: int) -> str | None:
+def _find_damage(directory: epath.Path, store: Store, step: int) -> str | None:
     """What is wrong with a committed checkpoint, or None. One killed before its checksums is taken as it is."""
     try:
         expected = json.loads(store.read(f"{step}/{CHECKSUMS}"))
@@ -228,7 +228,7 @@ def _clear_unfinished(directory: epath.Path) -> None:
     """Remove what a killed save has left. Orbax's own clearing, under gs://, takes all other folders with it."""
     if not directory.exists():  # under gs:// nothing but objects makes a folder
         return
-    complete = places.steps(str(directory))
+    complete = checkpoint_files.steps(str(directory))
     for path in directory.iterdir():
         unfinished = path.name.isdigit() and int(path.name) not in complete
         if unfinished or UNFINISHED in path.name:
@@ -237,8 +237,8 @@ def _clear_unfinished(directory: epath.Path) -> None:
 
 def _set_damaged_aside(directory: epath.Path, store: Store) -> None:
     """Rename the newest checkpoints until one is whole. Older ones are checked when their turn comes."""
-    for step in reversed(places.steps(str(directory))):
-        damage = _damage(directory, store, step)
+    for step in reversed(checkpoint_files.steps(str(directory))):
+        damage = _find_damage(directory, store, step)
         if damage is None:
             return
         aside = directory / f"{step}.damaged"

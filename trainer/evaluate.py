@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from trainer.metrics import local_rows
+from trainer.metrics import fetch_local_rows
 from trainer.step import Batch, EvalSums
 
-IN_FLIGHT = 2
+MAX_BATCHES_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ def evaluate(
         totals[:] += np.asarray(sums, np.float64)
         if len(mistakes) < num_mistakes:
             mistakes.extend(_mistakes(batch, predictions))
-        return EvalSums(*totals).stop > 0
+        return EvalSums(*totals).stop_requests > 0
 
     for batch in batches:
         in_flight.append((batch, *step(leaves, batch, requests())))
-        if len(in_flight) > IN_FLIGHT and collect():
+        if len(in_flight) > MAX_BATCHES_IN_FLIGHT and collect():
             return None
     while in_flight:
         if collect():
@@ -63,6 +63,6 @@ def evaluate(
 
 
 def _mistakes(batch: Batch, predictions: jax.Array) -> Iterator[tuple[np.ndarray, str]]:
-    images, labels, predicted = (local_rows(x) for x in (batch.images, batch.labels, predictions))
+    images, labels, predicted = (fetch_local_rows(x) for x in (batch.images, batch.labels, predictions))
     for i in np.flatnonzero((labels >= 0) & (labels != predicted)):
         yield images[i], f"{labels[i]}→{predicted[i]}"

@@ -15,17 +15,17 @@ def make_mesh(batch: int, model: int) -> Mesh:
     return jax.make_mesh((batch, model), (BATCH, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays whose first dim is the global batch."""
     return NamedSharding(mesh, P(BATCH))
 
 
-def each_device(mesh: Mesh) -> NamedSharding:
+def per_device_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays whose first dim counts devices: a word of each to all."""
     return NamedSharding(mesh, P((BATCH, MODEL)))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
@@ -41,7 +41,7 @@ def weight_sharding(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         for dim in range(leaf.ndim - 1, max(leaf.ndim - 3, -1), -1):
             if leaf.shape[dim] % size == 0:
                 return NamedSharding(mesh, P(*[None] * dim, MODEL))
-    return replicated(mesh)
+    return replicated_sharding(mesh)
 
 
 def wait_for_all(name: str) -> None:

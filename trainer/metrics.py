@@ -32,7 +32,7 @@ class Stopwatch:
             self.seconds[activity] += time.perf_counter() - begun
 
 
-class Interval:
+class LogInterval:
     """Train metrics since the last log entry. Its clock stops in evaluation, which is no training time."""
 
     def __init__(self, batch_size: int, stopwatch: Stopwatch):
@@ -75,7 +75,7 @@ class Interval:
         }
 
 
-def bound(data_wait_share: float) -> str:
+def bottleneck(data_wait_share: float) -> str:
     """What to make faster, in words."""
     return "input-bound" if data_wait_share > INPUT_BOUND_SHARE else "compute-bound"
 
@@ -120,7 +120,7 @@ class TensorBoard:
             self._uploader.close()
 
 
-def local_rows(array: Any) -> np.ndarray:
+def fetch_local_rows(array: Any) -> np.ndarray:
     """The rows of a batch-sharded array that this process holds, in order, each once."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

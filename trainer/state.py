@@ -35,7 +35,7 @@ class TrainState:
     ema: Weights | None
     """Moving average of params and batch_stats together, or None where it is not asked for."""
 
-    def evaluated(self) -> Weights:
+    def eval_weights(self) -> Weights:
         """The weights that evaluation uses: the moving average where there is one."""
         return self.ema if self.ema is not None else {**self.params, **self.batch_stats}
 
@@ -48,13 +48,13 @@ class Network:
         model = nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0)))
         self._graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
         self._structures = [jax.tree.structure(params), jax.tree.structure(batch_stats)]
-        self._names = [list(_named(params)), list(_named(batch_stats))]
+        self._names = [list(_by_dotted_name(params)), list(_by_dotted_name(batch_stats))]
 
     def init(self, key: jax.Array) -> tuple[Weights, Weights]:
         """Fresh (params, batch_stats)."""
         model = models.build(self._config, nnx.Rngs(key))
         _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-        return _named(params), _named(batch_stats)
+        return _by_dotted_name(params), _by_dotted_name(batch_stats)
 
     def apply(self, weights: Weights, images: jax.Array, *, train: bool) -> tuple[jax.Array, Weights]:
         """Logits (batch, num_classes) float32 of images (batch, height, width, 3), and new batch_stats."""
@@ -65,10 +65,10 @@ class Network:
         # copy: the statistics are written inside value_and_grad, at another trace level than they came from.
         model = nnx.merge(self._graph, *states, copy=True)
         logits = model(images, train=train)
-        return logits, _named(nnx.state(model, nnx.BatchStat))
+        return logits, _by_dotted_name(nnx.state(model, nnx.BatchStat))
 
 
-def _named(state: nnx.State) -> Weights:
+def _by_dotted_name(state: nnx.State) -> Weights:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
@@ -118,7 +118,7 @@ def abstract_state(
     config: RunConfig, network: Network, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shape, dtype and sharding on `mesh` of every leaf of a train state."""
-    shapes = jax.eval_shape(lambda: _fresh(config, network, optimizer))
+    shapes = jax.eval_shape(lambda: _build_state(config, network, optimizer))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_sharding(mesh, leaf)),
         shapes,
@@ -133,12 +133,12 @@ def init_state(
     # It runs once: on the CPU, compiling it well takes several times as long as running it badly.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     fresh = jax.jit(
-        lambda: _fresh(config, network, optimizer), out_shardings=shardings, compiler_options=options
+        lambda: _build_state(config, network, optimizer), out_shardings=shardings, compiler_options=options
     )
     return fresh()
 
 
-def _fresh(config: RunConfig, network: Network, optimizer: optax.GradientTransformation) -> TrainState:
+def _build_state(config: RunConfig, network: Network, optimizer: optax.GradientTransformation) -> TrainState:
     key = jax.random.key(config.train.seed)
     params, batch_stats = network.init(key)
     return TrainState(

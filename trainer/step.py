@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from configs.schema import RunConfig
 from trainer.augment import augment, normalise
-from trainer.mesh import each_device, replicated, rows
+from trainer.mesh import batch_sharding, per_device_sharding, replicated_sharding
 from trainer.state import Network, TrainState, Weights
 
 
@@ -34,9 +34,9 @@ class StepMetrics(NamedTuple):
     """Share of the counted rows whose likeliest class is that of the largest target."""
     grad_norm: float
     learning_rate: float
-    save: float
+    save_requests: float
     """Devices whose process asks for a checkpoint."""
-    stop: float
+    stop_requests: float
     """Devices whose process asks to stop."""
 
 
@@ -46,7 +46,7 @@ class EvalSums(NamedTuple):
     loss: float
     correct: float
     examples: float
-    stop: float
+    stop_requests: float
 
 
 def make_train_step(
@@ -116,8 +116,8 @@ def make_train_step(
     shardings = [leaf.sharding for leaf in leaves]
     return jax.jit(
         step,
-        in_shardings=(shardings, rows(mesh), each_device(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), per_device_sharding(mesh)),
+        out_shardings=(shardings, replicated_sharding(mesh)),
         donate_argnums=0,
     )
 
@@ -143,8 +143,8 @@ def make_eval_step(config: RunConfig, network: Network, abstract: Weights, mesh:
     shardings = [leaf.sharding for leaf in leaves]
     return jax.jit(
         step,
-        in_shardings=(shardings, rows(mesh), each_device(mesh)),
-        out_shardings=(replicated(mesh), rows(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), per_device_sharding(mesh)),
+        out_shardings=(replicated_sharding(mesh), batch_sharding(mesh)),
     )
 
 

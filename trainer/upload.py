@@ -40,7 +40,7 @@ class Uploader:
         self._interval = interval_seconds
         self._local = tempfile.TemporaryDirectory(prefix="podlaunch-tensorboard-")
         self.folder = Path(self._local.name)
-        self._sent: dict[Path, _Sent] = {}
+        self._states: dict[Path, _UploadState] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tensorboard upload", daemon=True)
         self._thread.start()
@@ -49,14 +49,14 @@ class Uploader:
         """Send what is left, then remove the local copy."""
         self._closing.set()
         self._thread.join()
-        self._send_logged()
+        self._try_send()
         self._local.cleanup()
 
     def _run(self) -> None:
         while not self._closing.wait(self._interval):
-            self._send_logged()
+            self._try_send()
 
-    def _send_logged(self) -> None:
+    def _try_send(self) -> None:
         # A bucket that cannot be reached costs the picture, not the training; the next round tries again.
         try:
             self.send()
@@ -66,24 +66,24 @@ class Uploader:
     def send(self) -> None:
         """Upload the records written since the last call."""
         for file in sorted(self.folder.iterdir()):
-            sent = self._sent.setdefault(file, _Sent())
-            while self._send_piece(file, sent):
+            state = self._states.setdefault(file, _UploadState())
+            while self._send_piece(file, state):
                 pass
 
-    def _send_piece(self, file: Path, sent: "_Sent") -> bool:
+    def _send_piece(self, file: Path, state: "_UploadState") -> bool:
         """Send the newest piece if it has grown. True if it is full, and the next may be due."""
         with file.open("rb") as f:
-            f.seek(sent.piece_start)
+            f.seek(state.piece_start)
             content = f.read()
         end = whole_records(content, self._piece_bytes)
-        if sent.piece_start + end > sent.upto:
-            self._bucket.blob(f"{self._prefix}{file.name}.{sent.piece:05d}").upload_from_string(
+        if state.piece_start + end > state.uploaded_bytes:
+            self._bucket.blob(f"{self._prefix}{file.name}.{state.piece:05d}").upload_from_string(
                 content[:end], "application/octet-stream", timeout=60, checksum="crc32c"
             )
-            sent.upto = sent.piece_start + end
+            state.uploaded_bytes = state.piece_start + end
         full = end >= self._piece_bytes or end < whole_records(content, len(content))
         if full:
-            sent.piece, sent.piece_start = sent.piece + 1, sent.upto
+            state.piece, state.piece_start = state.piece + 1, state.uploaded_bytes
         return full
 
 
@@ -99,9 +99,9 @@ def whole_records(content: bytes, limit: int) -> int:
     return end
 
 
-class _Sent:
+class _UploadState:
     """How far one file has been uploaded."""
 
     piece = 0
     piece_start = 0
-    upto = 0
+    uploaded_bytes = 0

@@ -13,7 +13,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import NamedSharding
 
 from configs.schema import RunConfig
-from trainer.data.order import Demand, eval_order, train_order
+from trainer.data.order import ProcessStream, eval_order, train_order
 from trainer.data.split import Sample, Samples, Split
 from trainer.step import Batch
 
@@ -69,23 +69,23 @@ def train_batches(
 ) -> Batches:
     """`steps` training batches from `position` on, shuffled anew each epoch."""
     size = config.train.batch_size
-    rows = local_rows(sharding, size)
+    rows = local_row_indices(sharding, size)
     order = train_order(config, len(split), split.block_starts)
-    demand = Demand(order, position, position + steps * size, size, rows)
-    return Batches(config, split.samples(demand, train=True), rows, sharding)
+    stream = ProcessStream(order, position, position + steps * size, size, rows)
+    return Batches(config, split.samples(stream, train=True), rows, sharding)
 
 
 def eval_batches(config: RunConfig, split: Split, sharding: NamedSharding) -> Batches:
     """The whole split once; the last batch is filled up with label -1."""
     size = config.train.batch_size
-    rows = local_rows(sharding, size)
+    rows = local_row_indices(sharding, size)
     order = eval_order(config, len(split), split.block_starts)
     padded = -(-len(split) // size) * size
-    demand = Demand(order, 0, padded, size, rows, limit=len(split))
-    return Batches(config, split.samples(demand, train=False), rows, sharding)
+    stream = ProcessStream(order, 0, padded, size, rows, limit=len(split))
+    return Batches(config, split.samples(stream, train=False), rows, sharding)
 
 
-def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+def local_row_indices(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """Rows of a global batch that this process's devices hold, ascending."""
     slices = {
         index[0].indices(batch_size)[:2]

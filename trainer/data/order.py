@@ -46,15 +46,15 @@ class Order:
 
     def index(self, position: int) -> int:
         """The record at one position."""
-        key, place = self.locate(position)
-        return int(self._recent(key)[place])
+        key, slot = self.locate(position)
+        return int(self._cached_records(key)[slot])
 
     def locate(self, position: int) -> tuple[WindowKey, int]:
-        """The window that holds a position, and the place in it."""
+        """The window that holds a position, and the slot in it."""
         epoch, i = divmod(position, self.num_examples)
         step, lane = divmod(i, self.lanes)
-        window, place = divmod(step + self._phase(lane), self.window)
-        return WindowKey(epoch, lane, window), place if window else place - self._phase(lane)
+        window, slot = divmod(step + self._phase(lane), self.window)
+        return WindowKey(epoch, lane, window), slot if window else slot - self._phase(lane)
 
     def positions(self, key: WindowKey) -> np.ndarray:
         """The positions of a window, in the order of its places."""
@@ -66,10 +66,10 @@ class Order:
         steps = self._steps(key)
         short, longer = divmod(self.num_examples, self.lanes)
         begin = key.lane * short + min(key.lane, longer)  # where the lane begins in the line
-        line = self._line(key.epoch, begin + steps.start, begin + steps.stop)
+        records = self._epoch_records(key.epoch, begin + steps.start, begin + steps.stop)
         if self.shuffle == "blocks":
-            return line[_permutation(len(line), self.seed, *key)]
-        return line
+            return records[_permutation(len(records), self.seed, *key)]
+        return records
 
     def _steps(self, key: WindowKey) -> range:
         """What a window covers of its lane. Lanes are out of phase, so that they do not all turn at once."""
@@ -80,19 +80,19 @@ class Order:
     def _phase(self, lane: int) -> int:
         return lane * self.window // self.lanes
 
-    def _line(self, epoch: int, start: int, stop: int) -> np.ndarray:
+    def _epoch_records(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Records [start, stop) of an epoch's line."""
         if self.shuffle == "none":
             return np.arange(start, stop)
         if self.shuffle == "global":
-            return self._globally(epoch, start, stop)
+            return self._shuffle_globally(epoch, start, stop)
         starts, sizes, ends = self._permuted_blocks(epoch)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         parts = [np.arange(starts[b], starts[b] + sizes[b]) for b in range(first, last + 1)]
         skipped = start - (ends[first] - sizes[first])
         return np.concatenate(parts)[skipped : skipped + stop - start]
 
-    def _globally(self, epoch: int, start: int, stop: int) -> np.ndarray:
+    def _shuffle_globally(self, epoch: int, start: int, stop: int) -> np.ndarray:
         from grain.experimental import index_shuffle  # imports jax, which other orders do without
 
         top, seed = self.num_examples - 1, epoch_seed(self.seed, epoch)
@@ -118,7 +118,7 @@ class Order:
         return permuted
 
     @cached_property
-    def _recent(self):  # type: ignore[no-untyped-def]
+    def _cached_records(self):  # type: ignore[no-untyped-def]
         return lru_cache(maxsize=4 * self.lanes)(self.records)
 
 
@@ -141,33 +141,33 @@ def train_order(config: RunConfig, num_examples: int, block_starts: np.ndarray |
     """The order of training. Without blocks, in memory, `blocks` is `global`."""
     data, seed = config.data, config.train.seed
     if data.shuffle == "blocks" and block_starts is not None:
-        lanes = lanes_for(config.train.batch_size, data.lanes)
+        lanes = choose_num_lanes(config.train.batch_size, data.lanes)
         return Order(num_examples, seed, "blocks", block_starts, lanes, data.window)
-    window = _per_block(num_examples, block_starts)
+    window = _mean_block_size(num_examples, block_starts)
     return Order(num_examples, seed, "none" if data.shuffle == "none" else "global", window=window)
 
 
 def eval_order(config: RunConfig, num_examples: int, block_starts: np.ndarray | None) -> Order:
     """The order of evaluation: as stored, from as many places at once as training, so that hosts share no block."""
-    lanes = lanes_for(config.train.batch_size, config.data.lanes) if block_starts is not None else 1
-    return Order(num_examples, 0, "none", lanes=lanes, window=_per_block(num_examples, block_starts))
+    lanes = choose_num_lanes(config.train.batch_size, config.data.lanes) if block_starts is not None else 1
+    return Order(num_examples, 0, "none", lanes=lanes, window=_mean_block_size(num_examples, block_starts))
 
 
-def _per_block(num_examples: int, block_starts: np.ndarray | None) -> int:
+def _mean_block_size(num_examples: int, block_starts: np.ndarray | None) -> int:
     return 1 if block_starts is None else -(-num_examples // len(block_starts))
 
 
-def lanes_for(batch_size: int, at_most: int) -> int:
+def choose_num_lanes(batch_size: int, max_lanes: int) -> int:
     """The number of lanes: a divisor of the batch, with as many factors of two as the batch allows it.
 
     Hosts mostly come in powers of two, and where their number divides the lanes each has its own.
     """
-    divisors = [d for d in range(1, min(batch_size, at_most) + 1) if batch_size % d == 0]
+    divisors = [d for d in range(1, min(batch_size, max_lanes) + 1) if batch_size % d == 0]
     return max(divisors, key=lambda d: (d & -d, d))
 
 
 @dataclass(frozen=True)
-class Demand:
+class ProcessStream:
     """What one process reads of a stream: some rows of each global batch, from one position to another."""
 
     order: Order
@@ -190,12 +190,12 @@ class Demand:
         position = self.start + batch * self.batch_size + int(self._offsets[row])
         return position if self.limit is None or position < self.limit else None
 
-    def wanted(self, positions: np.ndarray) -> np.ndarray:
+    def includes(self, positions: np.ndarray) -> np.ndarray:
         """Whether this process reads each of `positions`, bool."""
         inside = (positions >= self.start) & (positions < self.stop)
         if self.limit is not None:
             inside &= positions < self.limit
-        return inside & self._is_ours[(positions - self.start) % self.batch_size]
+        return inside & self._is_local[(positions - self.start) % self.batch_size]
 
     def windows(self) -> Iterator[tuple[int, WindowKey]]:
         """Each window that this process reads, as (batch, window): the first batch that it is needed for."""
@@ -215,7 +215,7 @@ class Demand:
 
     @cached_property
     def _offsets(self) -> np.ndarray:
-        """(rows,) place of each of our rows among the positions of a batch.
+        """(rows,) slot of each of our rows among the positions of a batch.
 
         Neighbouring rows share a lane, so that a host, which holds neighbouring rows, reads its own lanes.
         """
@@ -223,7 +223,7 @@ class Demand:
         return self.rows % per_lane * self.order.lanes + self.rows // per_lane
 
     @cached_property
-    def _is_ours(self) -> np.ndarray:
-        ours = np.zeros(self.batch_size, bool)
-        ours[self._offsets] = True
-        return ours
+    def _is_local(self) -> np.ndarray:
+        is_local = np.zeros(self.batch_size, bool)
+        is_local[self._offsets] = True
+        return is_local

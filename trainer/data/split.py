@@ -1,10 +1,10 @@
-"""What the pipeline needs of a dataset: a length, a digest, and the samples that a process demands."""
+"""What the pipeline needs of a dataset: a length, a digest, and the samples that a process streams."""
 
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from trainer.data.order import Demand
+from trainer.data.order import ProcessStream
 
 
 class Sample(NamedTuple):
@@ -14,7 +14,7 @@ class Sample(NamedTuple):
     """int32 scalar; -1 counts for nothing."""
 
 
-def padding(image_size: int) -> Sample:
+def padding_sample(image_size: int) -> Sample:
     return Sample(np.zeros((image_size, image_size, 3), np.uint8), np.array(-1, np.int32))
 
 
@@ -24,7 +24,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Sample:
-        """Sample `i` of the demand. Called from several threads at once, in about ascending order, once each."""
+        """Sample `i` of the stream. Called from several threads at once, in about ascending order, once each."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -42,12 +42,12 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def samples(self, demand: Demand, *, train: bool) -> Samples:
-        """Begin to read what `demand` says, with the augmentation of training or the crop of evaluation."""
+    def samples(self, stream: ProcessStream, *, train: bool) -> Samples:
+        """Begin to read what `stream` says, with the augmentation of training or the crop of evaluation."""
         ...
 
 
-class InMemory:
+class InMemorySplit:
     """A split whose samples cost nothing to reach: an array of images and one of labels."""
 
     block_starts: np.ndarray | None = None
@@ -60,22 +60,22 @@ class InMemory:
     def __len__(self) -> int:
         return self._length
 
-    def samples(self, demand: Demand, *, train: bool) -> "_InMemorySamples":
-        return _InMemorySamples(self._images, self._labels, demand)
+    def samples(self, stream: ProcessStream, *, train: bool) -> "_InMemorySamples":
+        return _InMemorySamples(self._images, self._labels, stream)
 
 
 class _InMemorySamples:
-    def __init__(self, images: np.ndarray, labels: np.ndarray, demand: Demand):
-        self._images, self._labels, self._demand = images, labels, demand
+    def __init__(self, images: np.ndarray, labels: np.ndarray, stream: ProcessStream):
+        self._images, self._labels, self._stream = images, labels, stream
 
     def __len__(self) -> int:
-        return len(self._demand)
+        return len(self._stream)
 
     def __getitem__(self, i: int) -> Sample:
-        position = self._demand.position(int(i))
+        position = self._stream.position(int(i))
         if position is None:
-            return padding(self._images.shape[1])
-        index = self._demand.order.index(position) % len(self._images)
+            return padding_sample(self._images.shape[1])
+        index = self._stream.order.index(position) % len(self._images)
         return Sample(self._images[index], self._labels[index])
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.small import config_of
-from trainer.data.order import Demand, Order, epoch_seed, eval_order, lanes_for, train_order
+from trainer.data.order import Order, ProcessStream, choose_num_lanes, epoch_seed, eval_order, train_order
 
 
 def blocks(n: int, mean: int, seed: int = 0) -> np.ndarray:
@@ -68,8 +68,8 @@ def test_blocks_are_mixed_as_well_as_by_a_buffer_of_lanes_times_window() -> None
 def positions(order: Order, steps: int, batch: int, hosts: int, start: int = 0) -> np.ndarray:
     """(steps, batch) positions as `hosts` hosts of equal rows read them."""
     rows = np.arange(batch).reshape(hosts, -1)
-    demands = [Demand(order, start, start + steps * batch, batch, ours) for ours in rows]
-    read = [np.array([d.position(i) for i in range(len(d))]).reshape(steps, -1) for d in demands]
+    streams = [ProcessStream(order, start, start + steps * batch, batch, ours) for ours in rows]
+    read = [np.array([d.position(i) for i in range(len(d))]).reshape(steps, -1) for d in streams]
     return np.concatenate(read, axis=1)
 
 
@@ -94,25 +94,27 @@ def test_a_run_saved_on_four_hosts_goes_on_with_two_or_eight() -> None:
 @pytest.mark.parametrize("start", [0, 5 * 16])
 def test_a_hosts_windows_hold_what_it_reads_and_are_told_before_their_use(name: str, start: int) -> None:
     order = ORDERS[name]
-    demands = [Demand(order, start, start + 100 * 16, 16, rows) for rows in np.arange(16).reshape(4, 4)]
-    for demand in demands:
-        told = list(demand.windows())
+    streams = [
+        ProcessStream(order, start, start + 100 * 16, 16, rows) for rows in np.arange(16).reshape(4, 4)
+    ]
+    for stream in streams:
+        told = list(stream.windows())
         first_use = {}
-        for i in range(len(demand)):
-            position = demand.position(i)
+        for i in range(len(stream)):
+            position = stream.position(i)
             assert position is not None
             first_use.setdefault(order.locate(position)[0], i // 4)
         assert {key: batch for batch, key in told} == first_use
         assert [batch for batch, _ in told] == sorted(batch for batch, _ in told)
-        wanted = [order.positions(key)[demand.wanted(order.positions(key))] for _, key in told]
-        assert sorted(np.concatenate(wanted)) == sorted(demand.position(i) for i in range(len(demand)))  # type: ignore[type-var]
+        wanted = [order.positions(key)[stream.includes(order.positions(key))] for _, key in told]
+        assert sorted(np.concatenate(wanted)) == sorted(stream.position(i) for i in range(len(stream)))  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8, 16])
 def test_where_hosts_divide_the_lanes_each_record_is_one_hosts(hosts: int) -> None:
     order = Order(9970, 3, "blocks", blocks(9970, 20), lanes=16, window=24)
     windows = [
-        {key for _, key in Demand(order, 0, 9600, 64, rows).windows()}
+        {key for _, key in ProcessStream(order, 0, 9600, 64, rows).windows()}
         for rows in np.arange(64).reshape(hosts, -1)
     ]
     assert sum(map(len, windows)) == len(set().union(*windows))
@@ -122,14 +124,14 @@ def test_where_hosts_divide_the_lanes_each_record_is_one_hosts(hosts: int) -> No
 def test_evaluation_reads_every_sample_once_and_pads_the_rest(length: int) -> None:
     order = eval_order(config_of(), length, np.arange(0, length, 7))
     padded = -(-length // 32) * 32
-    demand = Demand(order, 0, padded, 32, np.arange(32), limit=length)
-    read = [demand.position(i) for i in range(len(demand))]
+    stream = ProcessStream(order, 0, padded, 32, np.arange(32), limit=length)
+    read = [stream.position(i) for i in range(len(stream))]
     assert len(read) == padded
     assert sorted(order.indices(np.array([p for p in read if p is not None]))) == list(range(length))
 
 
 def test_lanes_divide_the_batch_and_powers_of_two_of_hosts_divide_the_lanes() -> None:
-    assert [lanes_for(b, 64) for b in (1024, 256, 1000, 96, 97, 8, 1)] == [64, 64, 40, 32, 1, 8, 1]
+    assert [choose_num_lanes(b, 64) for b in (1024, 256, 1000, 96, 97, 8, 1)] == [64, 64, 40, 32, 1, 8, 1]
 
 
 def test_what_lies_in_memory_is_shuffled_sample_by_sample() -> None:

@@ -15,7 +15,7 @@ from grain.sources import ArrayRecordDataSource
 
 from configs.files import cache_folder
 from configs.schema import DATASETS, RunConfig
-from trainer.data.split import InMemory, Split
+from trainer.data.split import InMemorySplit, Split
 
 SIZE = 8
 
@@ -28,13 +28,15 @@ def open_splits(config: RunConfig) -> tuple[Split, Split]:
     return read(folder / "train.array_record", size), read(folder / "eval.array_record", size)
 
 
-def read(file: Path, image_size: int) -> InMemory:
+def read(file: Path, image_size: int) -> InMemorySplit:
     """One split. Images are repeated to `image_size`, a multiple of 8."""
     source = ArrayRecordDataSource([str(file)])
     records = np.stack([np.frombuffer(source[i], np.uint8) for i in range(len(source))])
     scale = image_size // SIZE
     images = records[:, 1:].reshape(-1, SIZE, SIZE, 1).repeat(scale, 1).repeat(scale, 2).repeat(3, 3)
-    return InMemory(images, records[:, 0].astype(np.int32), hashlib.sha256(file.read_bytes()).hexdigest())
+    return InMemorySplit(
+        images, records[:, 0].astype(np.int32), hashlib.sha256(file.read_bytes()).hexdigest()
+    )
 
 
 def write(folder: Path) -> None:

@@ -11,30 +11,30 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataConfig, RunConfig
-from trainer.data.order import Demand
+from trainer.data.order import ProcessStream
 from trainer.data.pixels.transform import eval_image, train_image
-from trainer.data.split import Sample, padding
-from trainer.data.storage.cache import Cache
+from trainer.data.split import Sample, padding_sample
+from trainer.data.storage.cache import BlockCache
 from trainer.data.storage.dataset import Dataset, open_dataset
 from trainer.data.storage.fetch import Fetcher
 from trainer.data.storage.reader import DamagedRecordError, Reader
 
 _log = logging.getLogger(__name__)
-EVAL_SHARE = 0.25
+EVAL_MEMORY_SHARE = 0.25
 """Of the memory budget; training holds its part while it waits for an evaluation."""
-WORKING_SPARE = 1.25
+WINDOW_MEMORY_FACTOR = 1.25
 
 
-def open_splits(config: RunConfig) -> tuple["Records", "Records"]:
+def open_splits(config: RunConfig) -> tuple["RecordsSplit", "RecordsSplit"]:
     train, held_out = open_datasets(config)
     size = sum(obj.size for obj in train.objects)
-    if config.data.cache is not None and train.store.remote and size > config.data.cache_gib * 2**30:
+    if config.data.cache is not None and train.store.is_remote and size > config.data.cache_gib * 2**30:
         _log.warning(
             "data.cache_gib = %g is less than the %.4g GiB of %s: blocks are read anew as often as they are dropped",
             config.data.cache_gib, size / 2**30, train.store.url,
         )  # fmt: skip
     fetcher = Fetcher(cache=_cache(config.data))
-    return Records(config, train, fetcher), Records(config, held_out, fetcher)
+    return RecordsSplit(config, train, fetcher), RecordsSplit(config, held_out, fetcher)
 
 
 def open_datasets(config: RunConfig) -> tuple[Dataset, Dataset]:
@@ -42,12 +42,12 @@ def open_datasets(config: RunConfig) -> tuple[Dataset, Dataset]:
     train, held_out = config.data.train.path, config.data.eval.path
     assert train is not None  # DataConfig saw to both
     assert held_out is not None
-    datasets = _opened(config, "train", train), _opened(config, "eval", held_out)
+    datasets = _open_checked(config, "train", train), _open_checked(config, "eval", held_out)
     _check_classes(*datasets)
     return datasets
 
 
-def _opened(config: RunConfig, split: str, path: str) -> Dataset:
+def _open_checked(config: RunConfig, split: str, path: str) -> Dataset:
     try:
         dataset = open_dataset(path)
     except UserError as e:
@@ -80,18 +80,18 @@ def _check_classes(train: Dataset, held_out: Dataset) -> None:
     )
 
 
-def _cache(data: DataConfig) -> Cache | None:
+def _cache(data: DataConfig) -> BlockCache | None:
     if data.cache is None:
         return None
     try:
-        return Cache(Path(data.cache), int(data.cache_gib * 2**30))
+        return BlockCache(Path(data.cache), int(data.cache_gib * 2**30))
     except OSError as e:
         raise UserError(
             f"data.cache = {data.cache} cannot be used: {e}; give a folder on a local disk"
         ) from None
 
 
-class Records:
+class RecordsSplit:
     """One split."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, fetcher: Fetcher):
@@ -102,13 +102,15 @@ class Records:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def samples(self, demand: Demand, *, train: bool) -> "RecordSamples":
-        budget = self._config.data.memory_mib * 2**20 * (1 - EVAL_SHARE if train else EVAL_SHARE)
-        self._check_budget(demand, budget)
-        cached = self._config.data.cache is not None and self._dataset.store.remote
+    def samples(self, stream: ProcessStream, *, train: bool) -> "RecordSamples":
+        budget = (
+            self._config.data.memory_mib * 2**20 * (1 - EVAL_MEMORY_SHARE if train else EVAL_MEMORY_SHARE)
+        )
+        self._check_budget(stream, budget)
+        cached = self._config.data.cache is not None and self._dataset.store.is_remote
         reader = Reader(
             self._dataset,
-            demand,
+            stream,
             self._fetcher,
             budget_bytes=int(budget),
             block_starts=self.block_starts if cached else None,
@@ -122,14 +124,14 @@ class Records:
                 )
             return eval_image(encoded, data=config.data)
 
-        return RecordSamples(config, self._dataset, demand, reader, decode)
+        return RecordSamples(config, self._dataset, stream, reader, decode)
 
-    def _check_budget(self, demand: Demand, budget: float) -> None:
+    def _check_budget(self, stream: ProcessStream, budget: float) -> None:
         """A window of each lane that this process reads is in memory at once."""
-        order = demand.order
-        windows = len(np.unique(demand.rows * order.lanes // demand.batch_size)) * order.window
+        order = stream.order
+        windows = len(np.unique(stream.rows * order.lanes // stream.batch_size)) * order.window
         mean_bytes = float(self._dataset.records["length"].mean())
-        needed = min(windows, len(self)) * mean_bytes * WORKING_SPARE
+        needed = min(windows, len(self)) * mean_bytes * WINDOW_MEMORY_FACTOR
         if needed > budget:
             data = self._config.data
             raise UserError(
@@ -147,61 +149,61 @@ class RecordSamples:
         self,
         config: RunConfig,
         dataset: Dataset,
-        demand: Demand,
+        stream: ProcessStream,
         reader: Reader,
         decode: Callable[[np.ndarray, int], np.ndarray],
     ):
-        self._data, self._dataset, self._demand = config.data, dataset, demand
+        self._data, self._dataset, self._stream = config.data, dataset, stream
         self._reader, self._decode = reader, decode
-        self._bad: set[int] = set()
+        self._bad_records: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._demand)
+        return len(self._stream)
 
     def __repr__(self) -> str:
         return f"RecordSamples({len(self)})"
 
     def __getitem__(self, i: int) -> Sample:
-        position = self._demand.position(int(i))
+        position = self._stream.position(int(i))
         if position is None:
-            return padding(self._data.image_size)
+            return padding_sample(self._data.image_size)
         with self._reader.record(position) as (index, image):
             try:
-                return self._sample(self._reader.checked(image, index), index, position)
+                return self._sample(self._reader.verified(image, index), index, position)
             except (DamagedRecordError, ValueError) as e:
-                return self._instead(index, position, e)
+                return self._substitute(index, position, e)
 
     def _sample(self, encoded: np.ndarray, index: int, position: int) -> Sample:
         return Sample(self._decode(encoded, position), self._dataset.records["label"][index].astype(np.int32))
 
-    def _instead(self, bad: int, position: int, error: Exception) -> Sample:
+    def _substitute(self, bad: int, position: int, error: Exception) -> Sample:
         """What stands in for record `bad`, which the dataset alone decides, not the host that reads it."""
-        self._note(bad, error)
+        self._report_bad(bad, error)
         if self._data.on_bad_record == "mask":
-            return padding(self._data.image_size)
+            return padding_sample(self._data.image_size)
         for index in range(bad + 1, bad + len(self._dataset)):
             index %= len(self._dataset)
             try:
-                return self._sample(self._reader.read(index), index, position)
+                return self._sample(self._reader.read_one(index), index, position)
             except (DamagedRecordError, ValueError) as e:
-                self._note(index, e)
+                self._report_bad(index, e)
         raise UserError(f"{self._dataset.store.url}: none of its records can be read")
 
-    def _note(self, bad: int, error: Exception) -> None:
-        what = f"{self._dataset.where(bad)}: {error}"
+    def _report_bad(self, bad: int, error: Exception) -> None:
+        what = f"{self._dataset.describe(bad)}: {error}"
         if self._data.on_bad_record == "raise":
             raise UserError(f"{what}; restore it, or set data.on_bad_record to substitute or mask") from None
-        if bad not in self._bad:
-            self._bad.add(bad)
+        if bad not in self._bad_records:
+            self._bad_records.add(bad)
             _log.warning("%s (data.on_bad_record = %s)", what, self._data.on_bad_record)
-        if len(self._bad) > self._data.max_bad_records:
+        if len(self._bad_records) > self._data.max_bad_records:
             raise UserError(
-                f"{len(self._bad)} bad records, more than data.max_bad_records = {self._data.max_bad_records}; "
+                f"{len(self._bad_records)} bad records, more than data.max_bad_records = {self._data.max_bad_records}; "
                 f"the last: {what}. `launch data verify` lists them all"
             ) from None
 
     def metrics(self) -> dict[str, float]:
-        return {**self._reader.metrics(), "data/bad_records": len(self._bad)}
+        return {**self._reader.metrics(), "data/bad_records": len(self._bad_records)}
 
     def close(self) -> None:
         self._reader.close()

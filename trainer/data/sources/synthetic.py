@@ -3,7 +3,7 @@
 import numpy as np
 
 from configs.schema import RunConfig, num_examples
-from trainer.data.split import InMemory, Split
+from trainer.data.split import InMemorySplit, Split
 
 DISTINCT = 64
 
@@ -14,9 +14,9 @@ def open_splits(config: RunConfig) -> tuple[Split, Split]:
     return _noise(config, num_train, seed=0), _noise(config, num_eval, seed=1)
 
 
-def _noise(config: RunConfig, length: int, seed: int) -> InMemory:
+def _noise(config: RunConfig, length: int, seed: int) -> InMemorySplit:
     rng = np.random.default_rng(seed)
     size, num_classes = config.data.image_size, config.model.num_classes
     images = rng.integers(0, 256, (DISTINCT, size, size, 3), np.uint8)
     labels = rng.integers(0, num_classes, DISTINCT, np.int32)
-    return InMemory(images, labels, f"synthetic-v1/{length}/{size}/{num_classes}/{seed}", length=length)
+    return InMemorySplit(images, labels, f"synthetic-v1/{length}/{size}/{num_classes}/{seed}", length=length)

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.storage.request import Request
+from trainer.data.storage.request import RangeRequest
 
 _log = logging.getLogger(__name__)
 PARTIAL = ".partial"
-LEFT_BEHIND_SECONDS = 3600
+STALE_PARTIAL_SECONDS = 3600
 RESCAN_SHARE = 1 / 32
 """Of the bound: so much is written before what other processes have written is counted again."""
 
 
-class Cache:
+class BlockCache:
     """Payloads of blocks in `folder`, up to `max_bytes`; what was used longest ago goes first.
 
     Raises OSError where the folder cannot be made or read.
@@ -32,22 +32,22 @@ class Cache:
     def __init__(self, folder: Path, max_bytes: int):
         self._folder, self._max_bytes = folder, max_bytes
         self._lock = threading.Lock()
-        self._number = 0
+        self._num_written = 0
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob(f"*{PARTIAL}"):
             with contextlib.suppress(FileNotFoundError):  # another process may be first
-                if time.time() - file.stat().st_mtime > LEFT_BEHIND_SECONDS:
+                if time.time() - file.stat().st_mtime > STALE_PARTIAL_SECONDS:
                     file.unlink()
         self._total = self._written = self._writing = 0
-        self._make_room()
+        self._evict()
 
-    def holds(self, block: Request) -> bool:
+    def contains(self, block: RangeRequest) -> bool:
         try:
             return self._file(block).stat().st_size == block.payload_bytes()
         except FileNotFoundError:
             return False
 
-    def read(self, part: Request) -> np.ndarray | None:
+    def read(self, part: RangeRequest) -> np.ndarray | None:
         """The payload of a part of a block, or None where it cannot be had."""
         block = part.whole_block()
         try:
@@ -57,18 +57,18 @@ class Cache:
         except OSError:
             return None
 
-    def keep(self, block: Request, payload: np.ndarray) -> None:
+    def write(self, block: RangeRequest, payload: np.ndarray) -> None:
         """Write a block. A disk that is full or broken costs the file, not the run."""
         size = len(payload)
         with self._lock:
-            self._number += 1
-            partial = self._folder / f"{os.getpid()}-{self._number}{PARTIAL}"
+            self._num_written += 1
+            partial = self._folder / f"{os.getpid()}-{self._num_written}{PARTIAL}"
             self._writing += size
         try:
             with self._lock:
                 full = self._total + self._writing > self._max_bytes
                 if full or self._written > self._max_bytes * RESCAN_SHARE:
-                    self._make_room()
+                    self._evict()
             payload.tofile(partial)
             partial.replace(self._file(block))
         except OSError as e:
@@ -80,17 +80,17 @@ class Cache:
                 self._total += size
                 self._written += size
 
-    def forget(self, block: Request) -> None:
+    def delete(self, block: RangeRequest) -> None:
         """Drop a block that turned out damaged."""
         self._file(block).unlink(missing_ok=True)
 
-    def _file(self, block: Request) -> Path:
-        what = (
+    def _file(self, block: RangeRequest) -> Path:
+        identity = (
             f"{block.store.url}/{block.object.name}/{block.object.generation}/{block.offset}/{block.length}"
         )
-        return self._folder / hashlib.sha256(what.encode()).hexdigest()[:40]
+        return self._folder / hashlib.sha256(identity.encode()).hexdigest()[:40]
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         """Count what is there, of all processes, and drop what was used longest ago."""
         files = []
         with os.scandir(self._folder) as entries:

@@ -16,14 +16,14 @@ import numpy as np
 
 from configs.errors import UserError
 from trainer.data.storage.formats import FORMATS
-from trainer.data.storage.request import Request
+from trainer.data.storage.request import RangeRequest
 from trainer.data.storage.store import Object, Store, open_store
 
 MANIFEST, RECORDS = "manifest.json", "records.npy"
 VERSION = 1
 BLOCK_BYTES = 4 << 20
-LEAST_BLOCKS = 512
-RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
+MIN_BLOCKS = 512
+RECORD_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
 """One record: the bytes [offset, offset + length) of its shard, framing included, hold the encoded image;
 crc32c (RFC 3720, appendix B.4) is of the image without framing."""
 
@@ -74,8 +74,8 @@ class Dataset:
     objects: tuple[Object, ...]
     """The shards, pinned to the generation that was listed."""
     records: np.ndarray
-    """(num_examples,) RECORD."""
-    first: np.ndarray
+    """(num_examples,) RECORD_DTYPE."""
+    shard_starts: np.ndarray
     """(shards + 1,) int64: index of each shard's first record, and the number of all."""
 
     def __len__(self) -> int:
@@ -87,30 +87,32 @@ class Dataset:
         Shuffling moves blocks, so there are many even of little data.
         """
         total = sum(obj.size for obj in self.objects)
-        pieces = self.records["offset"].astype(np.int64) // max(min(BLOCK_BYTES, total // LEAST_BLOCKS), 1)
-        shards = np.repeat(np.arange(len(self.objects)), np.diff(self.first))
+        pieces = self.records["offset"].astype(np.int64) // max(min(BLOCK_BYTES, total // MIN_BLOCKS), 1)
+        shards = np.repeat(np.arange(len(self.objects)), np.diff(self.shard_starts))
         return np.flatnonzero((np.diff(shards, prepend=-1) != 0) | (np.diff(pieces, prepend=-1) != 0))
 
-    def shard(self, indices: np.ndarray) -> np.ndarray:
+    def shard_of(self, indices: np.ndarray) -> np.ndarray:
         """The number of the shard that holds each record."""
-        return np.searchsorted(self.first, indices, side="right") - 1
+        return np.searchsorted(self.shard_starts, indices, side="right") - 1
 
-    def span(self, first: int, last: int) -> tuple[int, int]:
+    def byte_range(self, first: int, last: int) -> tuple[int, int]:
         """(offset, length) of the bytes from record `first` to record `last`, of one shard."""
         begin, end = self.records[first], self.records[last]
         offset = int(begin["offset"])
         return offset, int(end["offset"]) + int(end["length"]) - offset
 
-    def request(self, first: int, last: int, block: tuple[int, int] | None = None) -> Request:
+    def request(self, first: int, last: int, block: tuple[int, int] | None = None) -> RangeRequest:
         """What reads the records from `first` to `last`, of one shard."""
-        obj = self.objects[int(self.shard(np.array(first)))]
-        return Request(self.store, obj, *self.span(first, last), FORMATS[self.manifest.format].FRAMING, block)
+        obj = self.objects[int(self.shard_of(np.array(first)))]
+        return RangeRequest(
+            self.store, obj, *self.byte_range(first, last), FORMATS[self.manifest.format].FRAMING, block
+        )
 
-    def where(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         """Names a record in words: object, number in it, bytes."""
-        shard, row = int(self.shard(np.array(index))), self.records[index]
+        shard, row = int(self.shard_of(np.array(index))), self.records[index]
         return (
-            f"{self.store.url}/{self.objects[shard].name}, record {index - int(self.first[shard])} "
+            f"{self.store.url}/{self.objects[shard].name}, record {index - int(self.shard_starts[shard])} "
             f"(bytes {row['offset']} to {row['offset'] + row['length']})"
         )
 
@@ -125,7 +127,7 @@ def publish(
     base: str | None = None,
 ) -> Manifest:
     """Write the rows, then the manifest, without which nothing of a dataset is seen."""
-    assert records.dtype == RECORD
+    assert records.dtype == RECORD_DTYPE
     assert len(records) == sum(s.num_records for s in shards)
     buffer = io.BytesIO()
     np.save(buffer, records, allow_pickle=False)
@@ -143,18 +145,18 @@ def publish(
 
 def open_dataset(url: str) -> Dataset:
     """Read and check a dataset. Raises UserError where it is not what its manifest says."""
-    home = open_store(url)
+    store = open_store(url)
     try:
-        manifest = parse_manifest(home.read(MANIFEST), url)
-        buffer = home.read(RECORDS)
+        manifest = parse_manifest(store.read(MANIFEST), url)
+        buffer = store.read(RECORDS)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(_without_manifest(home)) from None
+        raise UserError(_no_manifest_message(store)) from None
     try:
         records = np.load(io.BytesIO(buffer), allow_pickle=False)
     except (ValueError, EOFError):
         records = np.empty(0)
     if (
-        records.dtype != RECORD
+        records.dtype != RECORD_DTYPE
         or records.ndim != 1
         or _sha256(records) != manifest.records_sha256
         or len(records) != manifest.num_examples
@@ -166,9 +168,9 @@ def open_dataset(url: str) -> Dataset:
             f"{url}/{MANIFEST} names {len(manifest.classes)} classes, but {RECORDS} has the label {last}; "
             "remove both, then run `launch data index`"
         )
-    store = open_store(manifest.base) if manifest.base else home
+    store = open_store(manifest.base) if manifest.base else store
     listed = {obj.name: obj for obj in store.list()}
-    objects = tuple(_found(shard, listed, store.url) for shard in manifest.shards)
+    objects = tuple(_check_shard(shard, listed, store.url) for shard in manifest.shards)
     first = np.concatenate([[0], np.cumsum([s.num_records for s in manifest.shards])]).astype(np.int64)
     return Dataset(manifest, store, objects, records, first)
 
@@ -209,7 +211,7 @@ def _check_types(manifest: Manifest) -> None:
         raise TypeError("classes and base are no text")
 
 
-def _found(shard: Shard, listed: dict[str, Object], url: str) -> Object:
+def _check_shard(shard: Shard, listed: dict[str, Object], url: str) -> Object:
     obj = listed.get(shard.name)
     if obj is None:
         raise UserError(f"{url}/{shard.name} is missing; the manifest lists it. Copy it there again")
@@ -227,15 +229,15 @@ def _found(shard: Shard, listed: dict[str, Object], url: str) -> Object:
     return obj
 
 
-def _without_manifest(home: Store) -> str:
+def _no_manifest_message(store: Store) -> str:
     """Why there is nothing to read at a place, and what to do."""
-    names = [obj.name for obj in home.list()]
+    names = [obj.name for obj in store.list()]
     if not names:
         return (
-            f"{home.url} is empty: no files lie directly in it; name the folder of one split, "
+            f"{store.url} is empty: no files lie directly in it; name the folder of one split, "
             "or fill it with `launch data convert`"
         )
     return (
-        f"{home.url} holds {len(names)} objects ({names[0]}, …) but no {MANIFEST}: write it with "
+        f"{store.url} holds {len(names)} objects ({names[0]}, …) but no {MANIFEST}: write it with "
         "`launch data index` for shards, or convert your images with `launch data convert`"
     )

@@ -17,19 +17,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from configs.google import READ_SECONDS, UnreachableError
-from trainer.data.storage.cache import Cache
-from trainer.data.storage.request import Request
+from trainer.data.storage.cache import BlockCache
+from trainer.data.storage.request import RangeRequest
 from trainer.data.storage.store import CONNECTIONS, AbandonedError, TransientError
 
 RETRY_SECONDS = 60.0
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 8.0
+MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.1, 8.0
 HEDGE_SHARE = 0.05
-SOONEST_HEDGE_SECONDS = 0.05
-DEAD_BYTES_PER_SECOND = 64 << 10
+MIN_HEDGE_SECONDS = 0.05
+MIN_BYTES_PER_SECOND = 64 << 10
 """Below this rate a request is given up, even if a byte comes now and then."""
 SLOW_BYTES_PER_SECOND = 25e6 / 3
 """A request below this rate may be raced, once it is also slower than 95 % of those before."""
-FIRST_CONNECTIONS = 8
+INITIAL_CONNECTIONS = 8
 COUNTS = (
     "data/requests",
     "data/retries",
@@ -41,7 +41,7 @@ COUNTS = (
 )
 
 
-class Stats:
+class FetchStats:
     """What fetching has done so far, over all threads of a process."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Stats:
         with self._lock:
             self._counts.update(counts)
 
-    def took(self, seconds: float) -> None:
+    def add_seconds(self, seconds: float) -> None:
         with self._lock:
             self._seconds.append(seconds)
 
@@ -67,14 +67,14 @@ class Stats:
             return self._counts[name]
 
 
-class Limiter:
+class ConcurrencyLimiter:
     """How many requests run at once: one more for each round that goes well, half on throttling (AIMD)."""
 
     def __init__(self, most: int = CONNECTIONS):
         self._most = most
-        self._limit = float(min(FIRST_CONNECTIONS, most))
+        self._limit = float(min(INITIAL_CONNECTIONS, most))
         self._running = 0
-        self._lowered = -math.inf
+        self._lowered_at = -math.inf
         self._changed = threading.Condition()
 
     def __enter__(self) -> None:
@@ -87,9 +87,9 @@ class Limiter:
             self._running -= 1
             if error is None:
                 self._limit = min(self._limit + 1 / self._limit, self._most)
-            elif getattr(error, "throttled", False) and time.monotonic() - self._lowered > 1.0:
+            elif getattr(error, "throttled", False) and time.monotonic() - self._lowered_at > 1.0:
                 # Once a second: those already under way will be refused, too.
-                self._limit, self._lowered = max(self._limit / 2, 1.0), time.monotonic()
+                self._limit, self._lowered_at = max(self._limit / 2, 1.0), time.monotonic()
             self._changed.notify_all()
 
     @property
@@ -101,24 +101,24 @@ class Limiter:
 class _Race:
     """One request and its runners: the first to complete wins."""
 
-    request: Request
-    begun: float = math.inf
+    request: RangeRequest
+    attempt_started: float = math.inf
     """When the newest attempt of the first runner went out; infinite while it waits."""
-    hedged: bool = False
-    done: "Future[np.ndarray]" = field(default_factory=Future)
+    is_hedged: bool = False
+    result: "Future[np.ndarray]" = field(default_factory=Future)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def win(self, payload: np.ndarray) -> bool:
         with self.lock:
-            if self.done.done():
+            if self.result.done():
                 return False
-            self.done.set_result(payload)
+            self.result.set_result(payload)
             return True
 
     def fail(self, error: Exception) -> None:
         with self.lock:
-            if not self.done.done():
-                self.done.set_exception(error)
+            if not self.result.done():
+                self.result.set_exception(error)
 
 
 class Fetcher:
@@ -127,36 +127,36 @@ class Fetcher:
     def __init__(
         self,
         *,
-        cache: Cache | None = None,
+        cache: BlockCache | None = None,
         retry_seconds: float = RETRY_SECONDS,
         connections: int = CONNECTIONS,
     ):
-        self.stats = Stats()
+        self.stats = FetchStats()
         self._cache = cache
-        self._fetching_blocks: dict[Request, Future[np.ndarray]] = {}
-        self.limiter = Limiter(connections)
+        self._fetching_blocks: dict[RangeRequest, Future[np.ndarray]] = {}
+        self.limiter = ConcurrencyLimiter(connections)
         self._retry_seconds = retry_seconds
         self._pool = ThreadPoolExecutor(connections, "fetch")
         self._hedges = ThreadPoolExecutor(max(connections // 4, 1), "hedge")
         self._races: set[_Race] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="hedging", daemon=True)
+        self._watcher = threading.Thread(target=self._hedge_slow_requests, name="hedging", daemon=True)
         self._watcher.start()
 
-    def submit(self, request: Request, *, fresh: bool = False) -> "Future[np.ndarray]":
+    def submit(self, request: RangeRequest, *, fresh: bool = False) -> "Future[np.ndarray]":
         """The payload as a uint8 array, once it is there; `fresh`: not from the cache.
 
         The future raises UserError at once for what a repetition cannot mend, else TransientError when
         repetitions have not mended it within `retry_seconds`.
         """
         if self._cache is None or request.block is None:
-            return self._race(request)
+            return self._start_race(request)
         if fresh:
-            self._cache.forget(request.whole_block())
-            return self._race(request)
+            self._cache.delete(request.whole_block())
+            return self._start_race(request)
         part: Future[np.ndarray] = Future()
-        self._pool.submit(self._cached, request, part, self._cache)
+        self._pool.submit(self._fetch_through_cache, request, part, self._cache)
         return part
 
     def metrics(self) -> dict[str, float]:
@@ -182,14 +182,16 @@ class Fetcher:
         self._hedges.shutdown(wait=False, cancel_futures=True)
         self._watcher.join()
 
-    def _cached(self, request: Request, part: "Future[np.ndarray]", cache: Cache) -> None:
+    def _fetch_through_cache(
+        self, request: RangeRequest, part: "Future[np.ndarray]", cache: BlockCache
+    ) -> None:
         """Take a part from the cache, or fetch its whole block for this and whoever else waits for it."""
         block = request.whole_block()
         begun = False
         with self._lock:
             # A block is in the cache before it is no longer being fetched.
             fetching = self._fetching_blocks.get(block)
-            if fetching is None and not cache.holds(block):
+            if fetching is None and not cache.contains(block):
                 fetching, begun = Future(), True
                 self._fetching_blocks[block] = fetching
         if fetching is None:
@@ -197,9 +199,9 @@ class Fetcher:
             return
         self.stats.count(cache_misses=1)
 
-        def keep(done: "Future[np.ndarray]") -> None:
+        def write_to_cache(done: "Future[np.ndarray]") -> None:
             if done.exception() is None:
-                cache.keep(block, done.result())
+                cache.write(block, done.result())
             with self._lock:
                 del self._fetching_blocks[block]
 
@@ -209,31 +211,31 @@ class Fetcher:
                 part.set_exception(error)
                 return
             # A copy, for a view would hold the whole block.
-            part.set_result(block.part(done.result(), request).copy())
+            part.set_result(block.extract(done.result(), request).copy())
 
         fetching.add_done_callback(deliver)
         if begun:
-            fetching.add_done_callback(keep)
-            self._pool.submit(self._run, _Race(block, done=fetching))
+            fetching.add_done_callback(write_to_cache)
+            self._pool.submit(self._run, _Race(block, result=fetching))
 
-    def _read_cached(self, request: Request, part: "Future[np.ndarray]", cache: Cache) -> None:
+    def _read_cached(self, request: RangeRequest, part: "Future[np.ndarray]", cache: BlockCache) -> None:
         found = cache.read(request)
         if found is None:  # dropped meanwhile to make room, or not ours to read
-            self._pool.submit(self._run, _Race(request, done=part))
+            self._pool.submit(self._run, _Race(request, result=part))
             return
         self.stats.count(cache_hits=1)
         part.set_result(found)
 
-    def _race(self, request: Request) -> "Future[np.ndarray]":
+    def _start_race(self, request: RangeRequest) -> "Future[np.ndarray]":
         race = _Race(request)
         self._pool.submit(self._run, race)
-        return race.done
+        return race.result
 
     def _run(self, race: _Race) -> None:
         with self._lock:
             self._races.add(race)
         try:
-            self._persist(race)
+            self._fetch_with_retries(race)
         except AbandonedError:
             race.fail(AbandonedError("the reader was closed"))
         except Exception as e:  # noqa: BLE001 (the future carries it to who waits)
@@ -242,24 +244,24 @@ class Fetcher:
             with self._lock:
                 self._races.discard(race)
 
-    def _persist(self, race: _Race) -> None:
+    def _fetch_with_retries(self, race: _Race) -> None:
         """Attempt until someone has won, or there is no sense in it any more."""
         first_failure, attempt = math.inf, 0
-        while not race.done.done():
+        while not race.result.done():
             try:
                 with self.limiter:
-                    race.begun = time.monotonic()
+                    race.attempt_started = time.monotonic()
                     self.stats.count(requests=1)
                     self._attempt(race)
             except UnreachableError as e:
-                if race.done.done():
+                if race.result.done():
                     return
                 self.stats.count(retries=1, throttled=int(getattr(e, "throttled", False)))
                 first_failure, attempt = min(first_failure, time.monotonic()), attempt + 1
                 if time.monotonic() - first_failure > self._retry_seconds:
                     raise TransientError(f"{e}, still so after {attempt} attempts") from None
-                race.begun = math.inf
-                wait = random.uniform(0, min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt))  # noqa: S311
+                race.attempt_started = math.inf
+                wait = random.uniform(0, min(MAX_WAIT_SECONDS, MIN_WAIT_SECONDS * 2**attempt))  # noqa: S311
                 if self._closing.wait(wait):
                     raise AbandonedError from None
 
@@ -267,41 +269,41 @@ class Fetcher:
         """Whether this runner won."""
         request = race.request
         begun = time.monotonic()
-        deadline = begun + READ_SECONDS + request.length / DEAD_BYTES_PER_SECOND
+        deadline = begun + READ_SECONDS + request.length / MIN_BYTES_PER_SECOND
 
         def progress(num_bytes: int) -> bool:
             self.stats.count(bytes_fetched=num_bytes)
             if time.monotonic() > deadline:
                 raise TransientError(f"{request.store.url}/{request.object.name}: the body only trickles")
-            return not (race.done.done() or self._closing.is_set())
+            return not (race.result.done() or self._closing.is_set())
 
         payload = np.empty(request.payload_bytes(), np.uint8)
-        request.store.fetch(request.object, request.offset, request.views(payload.data), progress)
-        self.stats.took(time.monotonic() - begun)
+        request.store.fetch(request.object, request.offset, request.buffers(payload.data), progress)
+        self.stats.add_seconds(time.monotonic() - begun)
         return race.win(payload)
 
     def _hedge(self, race: _Race) -> None:
         # Past the limiter: what is raced may be all that the limiter lets run.
         try:
-            if not race.done.done() and self._attempt(race):
+            if not race.result.done() and self._attempt(race):
                 self.stats.count(hedges_won=1)
         except (UnreachableError, AbandonedError):
             pass  # the first runner goes on
         except Exception as e:  # noqa: BLE001 (the future carries it to who waits)
             race.fail(e)
 
-    def _watch(self) -> None:
+    def _hedge_slow_requests(self) -> None:
         """Send a second runner after each request that is slow, while the budget lasts."""
         while not self._closing.wait(0.02):
             with self._lock:
-                races = [race for race in self._races if race.request.store.remote and not race.hedged]
+                races = [race for race in self._races if race.request.store.is_remote and not race.is_hedged]
             if not races:
                 continue
             usual = self.stats.percentile(95)
             for race in races:
-                patience = max(usual, race.request.length / SLOW_BYTES_PER_SECOND, SOONEST_HEDGE_SECONDS)
-                if time.monotonic() - race.begun > patience and self._may_hedge():
-                    race.hedged = True
+                usual_seconds = max(usual, race.request.length / SLOW_BYTES_PER_SECOND, MIN_HEDGE_SECONDS)
+                if time.monotonic() - race.attempt_started > usual_seconds and self._may_hedge():
+                    race.is_hedged = True
                     self.stats.count(hedges=1)
                     self._hedges.submit(self._hedge, race)
 

@@ -14,10 +14,10 @@ from itertools import pairwise
 import google_crc32c
 import numpy as np
 
-from trainer.data.order import Demand, WindowKey
+from trainer.data.order import ProcessStream, WindowKey
 from trainer.data.storage.dataset import Dataset
 from trainer.data.storage.fetch import Fetcher
-from trainer.data.storage.request import Request
+from trainer.data.storage.request import RangeRequest
 from trainer.data.storage.store import AbandonedError
 
 GAP_BYTES, GAP_RECORDS = 4 << 10, 2
@@ -33,10 +33,10 @@ class DamagedRecordError(Exception):
 
 
 @dataclass(eq=False)
-class _Range:
+class _PendingRange:
     """Neighbouring records, read by one request."""
 
-    request: Request
+    request: RangeRequest
     payload: "Future[np.ndarray] | None" = None
     remaining: int = 0
     """Records still to be taken."""
@@ -44,14 +44,14 @@ class _Range:
 
 @dataclass
 class _Window:
-    """What is fetched of a window: for each place that this process takes, the range that holds it."""
+    """What is fetched of a window: for each slot that this process takes, the range that holds it."""
 
     records: np.ndarray
-    ranges: dict[int, _Range] = field(default_factory=dict)
-    """By place."""
+    ranges: dict[int, _PendingRange] = field(default_factory=dict)
+    """By slot."""
 
 
-class Budget:
+class MemoryBudget:
     """Bytes that may be held. Who waits for room gets it even so if the consumer waits for just that."""
 
     def __init__(self, num_bytes: int):
@@ -62,7 +62,7 @@ class Budget:
         """Consumers that wait for what is not yet asked for."""
         self._closed = False
 
-    def take(self, num_bytes: int) -> bool:
+    def acquire(self, num_bytes: int) -> bool:
         """Wait for room; False once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._starving > 0 or self._free >= num_bytes)
@@ -73,7 +73,7 @@ class Budget:
     def held(self) -> int:
         return self._total - self._free
 
-    def give(self, num_bytes: int) -> None:
+    def release(self, num_bytes: int) -> None:
         with self._changed:
             self._free += num_bytes
             self._changed.notify_all()
@@ -96,12 +96,12 @@ class Budget:
 
 
 class Reader:
-    """Random access to the samples of a demand, in about their order. For several threads at once."""
+    """Random access to the samples of a stream, in about their order. For several threads at once."""
 
     def __init__(
         self,
         dataset: Dataset,
-        demand: Demand,
+        stream: ProcessStream,
         fetcher: Fetcher,
         *,
         budget_bytes: int,
@@ -109,8 +109,8 @@ class Reader:
     ):
         """With `block_starts`, the (blocks,) first records of blocks, ranges stay within them, to be cached."""
         self._blocks = None if block_starts is None else np.append(block_starts, len(dataset))
-        self._dataset, self._demand, self._fetcher = dataset, demand, fetcher
-        self._budget = Budget(budget_bytes)
+        self._dataset, self._stream, self._fetcher = dataset, stream, fetcher
+        self._budget = MemoryBudget(budget_bytes)
         self._windows: dict[WindowKey, _Window] = {}
         self._planned = threading.Condition()
         self._error: Exception | None = None
@@ -126,30 +126,30 @@ class Reader:
 
         The image is (bytes,) uint8, encoded and unchecked, valid within the block. Raises what fetching raises.
         """
-        key, place = self._demand.order.locate(position)
+        key, slot = self._stream.order.locate(position)
         window = self._window(key, position)
-        reading = window.ranges[place]
-        index = int(window.records[place])
-        assert reading.payload is not None
+        pending = window.ranges[slot]
+        index = int(window.records[slot])
+        assert pending.payload is not None
         try:
-            yield index, self._image(reading.request, reading.payload.result(), index)
+            yield index, self._image(pending.request, pending.payload.result(), index)
         finally:
-            self._taken(key, window, place)
+            self._release_record(key, window, slot)
 
-    def checked(self, image: np.ndarray, index: int) -> np.ndarray:
+    def verified(self, image: np.ndarray, index: int) -> np.ndarray:
         """The image, read again where its checksum does not hold. Raises DamagedRecordError."""
-        return image if self._is_whole(image, index) else self.read(index)
+        return image if self._is_intact(image, index) else self.read_one(index)
 
-    def read(self, index: int) -> np.ndarray:
+    def read_one(self, index: int) -> np.ndarray:
         """One record by itself. Raises DamagedRecordError, and what fetching raises."""
         request = self._request(index, index)
         for attempt in range(REREADS):
             image = self._fetcher.submit(request, fresh=attempt > 0).result()
-            if self._is_whole(image, index):
+            if self._is_intact(image, index):
                 return image
         raise DamagedRecordError(f"the bytes do not match their checksum, {REREADS} times read anew")
 
-    def _is_whole(self, image: np.ndarray, index: int) -> bool:
+    def _is_intact(self, image: np.ndarray, index: int) -> bool:
         whole = bool(google_crc32c.value(image) == self._dataset.records["crc32c"][index])
         self._fetcher.stats.count(checksum_failures=int(not whole))
         return whole
@@ -167,7 +167,7 @@ class Reader:
 
     def _window(self, key: WindowKey, position: int) -> _Window:
         """The plan of a window, waiting for the planner to come to it."""
-        batch = (position - self._demand.start) // self._demand.batch_size
+        batch = (position - self._stream.start) // self._stream.batch_size
         with self._planned:
             if batch > self._batch:
                 self._batch = batch
@@ -181,28 +181,28 @@ class Reader:
                 raise AbandonedError("the reader is closed")
             return self._windows[key]
 
-    def _taken(self, key: WindowKey, window: _Window, place: int) -> None:
+    def _release_record(self, key: WindowKey, window: _Window, slot: int) -> None:
         with self._planned:
-            reading = window.ranges.pop(place)
-            reading.remaining -= 1
+            pending = window.ranges.pop(slot)
+            pending.remaining -= 1
             if not window.ranges:
                 self._windows.pop(key, None)  # closing has cleared them
-        if reading.remaining == 0:
-            reading.payload = None
-            self._budget.give(reading.request.payload_bytes())
+        if pending.remaining == 0:
+            pending.payload = None
+            self._budget.release(pending.request.payload_bytes())
 
     def _plan(self) -> None:
         try:
-            for batch, key in self._demand.windows():
+            for batch, key in self._stream.windows():
                 with self._planned:
                     self._planned.wait_for(lambda: self._closing or batch <= self._batch + LOOKAHEAD_BATCHES)  # noqa: B023
-                window, ranges = self._planned_window(key)
+                window, ranges = self._plan_window(key)
                 lengths = self._dataset.records["length"][window.records[list(window.ranges)]]
                 self._fetcher.stats.count(bytes_used=int(lengths.sum()))
-                for reading in ranges:
-                    if not self._budget.take(reading.request.payload_bytes()):
+                for pending in ranges:
+                    if not self._budget.acquire(pending.request.payload_bytes()):
                         return
-                    reading.payload = self._fetcher.submit(reading.request)
+                    pending.payload = self._fetcher.submit(pending.request)
                 with self._planned:
                     self._windows[key] = window
                     self._planned.notify_all()
@@ -211,23 +211,23 @@ class Reader:
                 self._error = e
                 self._planned.notify_all()
 
-    def _planned_window(self, key: WindowKey) -> tuple[_Window, list[_Range]]:
-        order = self._demand.order
+    def _plan_window(self, key: WindowKey) -> tuple[_Window, list[_PendingRange]]:
+        order = self._stream.order
         window = _Window(order.records(key))
-        places = np.flatnonzero(self._demand.wanted(order.positions(key)))
-        places = places[np.argsort(window.records[places])]
+        slots = np.flatnonzero(self._stream.includes(order.positions(key)))
+        slots = slots[np.argsort(window.records[slots])]
         ranges = []
-        for group in self._neighbours(window.records[places]):
-            first, last = window.records[places[[group.start, group.stop - 1]]].tolist()
-            ranges.append(_Range(self._request(first, last), remaining=len(group)))
-            window.ranges |= dict.fromkeys(places[group.start : group.stop].tolist(), ranges[-1])
+        for group in self._group_neighbours(window.records[slots]):
+            first, last = window.records[slots[[group.start, group.stop - 1]]].tolist()
+            ranges.append(_PendingRange(self._request(first, last), remaining=len(group)))
+            window.ranges |= dict.fromkeys(slots[group.start : group.stop].tolist(), ranges[-1])
         return window, ranges
 
-    def _neighbours(self, records: np.ndarray) -> list[range]:
+    def _group_neighbours(self, records: np.ndarray) -> list[range]:
         """Runs of ascending records that are read together."""
         rows = self._dataset.records[records]
         offsets, ends = rows["offset"].astype(np.int64), (rows["offset"] + rows["length"]).astype(np.int64)
-        apart = np.diff(self._dataset.shard(records)) != 0
+        apart = np.diff(self._dataset.shard_of(records)) != 0
         apart |= offsets[1:] - ends[:-1] > np.maximum(GAP_RECORDS * (ends - offsets)[:-1], GAP_BYTES)
         apart |= offsets[1:] // RANGE_BYTES != offsets[:-1] // RANGE_BYTES
         if self._blocks is not None:
@@ -235,14 +235,14 @@ class Reader:
         cuts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(records)]
         return [range(a, b) for a, b in pairwise(cuts)]
 
-    def _request(self, first: int, last: int) -> Request:
+    def _request(self, first: int, last: int) -> RangeRequest:
         """For the records from `first` to `last`, with their block where blocks are cached."""
         block = None
         if self._blocks is not None:
             after = int(np.searchsorted(self._blocks, first, side="right"))
-            block = self._dataset.span(int(self._blocks[after - 1]), int(self._blocks[after]) - 1)
+            block = self._dataset.byte_range(int(self._blocks[after - 1]), int(self._blocks[after]) - 1)
         return self._dataset.request(first, last, block)
 
-    def _image(self, request: Request, payload: np.ndarray, index: int) -> np.ndarray:
+    def _image(self, request: RangeRequest, payload: np.ndarray, index: int) -> np.ndarray:
         """A record's part of a range."""
-        return request.part(payload, self._request(index, index))
+        return request.extract(payload, self._request(index, index))

@@ -53,7 +53,7 @@ class AbandonedError(Exception):
     """A read whose result is no longer wanted."""
 
 
-Progress = Callable[[int], bool]
+ChunkCallback = Callable[[int], bool]
 """Told the number of bytes of each piece received; answers whether to go on."""
 
 
@@ -61,7 +61,7 @@ class Store(Protocol):
     """Objects below one address, named relative to it."""
 
     url: str
-    remote: bool
+    is_remote: bool
     """Whether a slow read may be slow by chance, and a second one faster."""
 
     def list(self) -> list[Object]:
@@ -86,10 +86,10 @@ class Store(Protocol):
 
     def delete(self, name: str) -> None: ...
 
-    def fetch(self, obj: Object, offset: int, into: Sequence[memoryview], progress: Progress) -> None:
+    def fetch(self, obj: Object, offset: int, buffers: Sequence[memoryview], on_chunk: ChunkCallback) -> None:
         """Fill the buffers, one after another, with the bytes of `obj` from `offset` on.
 
-        Raises TransientError, AbandonedError once `progress` says so, and UserError where the object has been
+        Raises TransientError, AbandonedError once `on_chunk` says so, and UserError where the object has been
         replaced or removed, or may not be read.
         """
         ...
@@ -117,7 +117,7 @@ def checksum(file: BinaryIO) -> int:
 class Folder:
     """Files of a folder, without its subfolders' and hidden ones."""
 
-    remote = False
+    is_remote = False
 
     def __init__(self, path: Path):
         self._path = path
@@ -149,20 +149,20 @@ class Folder:
     def delete(self, name: str) -> None:
         (self._path / name).unlink(missing_ok=True)
 
-    def fetch(self, obj: Object, offset: int, into: Sequence[memoryview], progress: Progress) -> None:
+    def fetch(self, obj: Object, offset: int, buffers: Sequence[memoryview], on_chunk: ChunkCallback) -> None:
         try:
             # Opened for each read: thousands of shards would exceed the limit of open files.
             descriptor = os.open(self._path / obj.name, os.O_RDONLY)
         except FileNotFoundError:
-            raise _gone(self.url, obj) from None
+            raise _gone_error(self.url, obj) from None
         except PermissionError:
             raise UserError(f"{self.url}/{obj.name}: no permission to read it") from None
         try:
             if self._object(obj.name, os.fstat(descriptor)) != obj:
-                raise _replaced(self.url, obj)
+                raise _overwritten_error(self.url, obj)
             os.lseek(descriptor, offset, os.SEEK_SET)
-            _read_vectored(descriptor, into, f"{self.url}/{obj.name}")
-            progress(sum(map(len, into)))
+            _read_vectored(descriptor, buffers, f"{self.url}/{obj.name}")
+            on_chunk(sum(map(len, buffers)))
         except OSError as e:
             raise TransientError(f"{self.url}/{obj.name}: {e}") from None
         finally:
@@ -172,22 +172,22 @@ class Folder:
         return Object(name, stat.st_size, stat.st_mtime_ns, None)
 
 
-def _read_vectored(descriptor: int, into: Sequence[memoryview], where: str) -> None:
-    views = list(into)
+def _read_vectored(descriptor: int, buffers: Sequence[memoryview], where: str) -> None:
+    views = list(buffers)
     while views:
-        got = os.readv(descriptor, views[:1024])  # the kernel takes 1,024 buffers a call
-        if got == 0:
+        num_read = os.readv(descriptor, views[:1024])  # the kernel takes 1,024 buffers a call
+        if num_read == 0:
             raise TransientError(f"{where}: ends {sum(map(len, views)):,} bytes early")
-        while views and got >= len(views[0]):
-            got -= len(views.pop(0))
-        if got:
-            views[0] = views[0][got:]
+        while views and num_read >= len(views[0]):
+            num_read -= len(views.pop(0))
+        if num_read:
+            views[0] = views[0][num_read:]
 
 
 class Bucket:
     """Objects below gs://bucket/prefix, without those of deeper folders."""
 
-    remote = True
+    is_remote = True
 
     def __init__(self, url: str):
         name, self._prefix = google.bucket_and_prefix(url)
@@ -200,7 +200,7 @@ class Bucket:
         self._session = _session(self._client)
 
     def list(self) -> list[Object]:
-        with self._explained():
+        with self._translate_errors():
             blobs = self._client.list_blobs(
                 self._bucket,
                 prefix=self._prefix,
@@ -227,7 +227,7 @@ class Bucket:
         from google.cloud.storage.exceptions import DataCorruption
 
         options = {"retry": google.retry(), "timeout": google.READ_SECONDS}
-        with self._explained():
+        with self._translate_errors():
             for _ in range(READS):
                 try:
                     return cast(bytes, self._blob(name).download_as_bytes(checksum="crc32c", **options))
@@ -240,7 +240,7 @@ class Bucket:
         raise TransientError(f"{self.url}/{name} does not match its checksum, {READS} times read")
 
     def write(self, name: str, content: bytes) -> None:
-        with self._explained():
+        with self._translate_errors():
             self._blob(name).upload_from_string(
                 content,
                 "application/octet-stream",
@@ -250,7 +250,7 @@ class Bucket:
             )
 
     def upload(self, name: str, file: Path) -> None:
-        with self._explained():
+        with self._translate_errors():
             retry = google.retry(UPLOAD_SECONDS)
             self._blob(name).upload_from_filename(str(file), checksum="crc32c", retry=retry)
         file.unlink()
@@ -258,16 +258,16 @@ class Bucket:
     def delete(self, name: str) -> None:
         from google.cloud.exceptions import NotFound
 
-        with self._explained(), contextlib.suppress(NotFound):
+        with self._translate_errors(), contextlib.suppress(NotFound):
             self._blob(name).delete(retry=google.retry(), timeout=google.READ_SECONDS)
 
-    def fetch(self, obj: Object, offset: int, into: Sequence[memoryview], progress: Progress) -> None:
+    def fetch(self, obj: Object, offset: int, buffers: Sequence[memoryview], on_chunk: ChunkCallback) -> None:
         import requests
         import urllib3
         from google.auth.exceptions import GoogleAuthError, TransportError
 
         where = f"{self.url}/{obj.name}"
-        size = sum(len(view) for view in into)
+        size = sum(len(view) for view in buffers)
         path = f"/download/storage/v1/b/{self._bucket.name}/o/{quote(self._prefix + obj.name, safe='')}"
         try:
             response = self._session.get(
@@ -280,7 +280,7 @@ class Bucket:
             )
             with response:
                 self._check(response, obj, where)
-                _fill(response.raw, into, where, progress)
+                _copy_body(response.raw, buffers, where, on_chunk)
         except (requests.RequestException, urllib3.exceptions.HTTPError, TransportError, OSError) as e:
             raise TransientError(f"{where}: {google.first_line(e)}") from None
         except GoogleAuthError as e:
@@ -288,7 +288,7 @@ class Bucket:
                 raise TransientError(f"{where}: no credentials now: {google.first_line(e)}") from None
             raise UserError(google.refused(where, e)) from None
 
-    def _explained(self) -> contextlib.AbstractContextManager[None]:
+    def _translate_errors(self) -> contextlib.AbstractContextManager[None]:
         return google.explained(self.url, bucket=self._bucket.name, roles=ROLES)
 
     def _check(self, response: Any, obj: Object, where: str) -> None:
@@ -298,14 +298,14 @@ class Bucket:
         if status in (401, 403):
             raise UserError(google.denied(where, status, ROLES))
         if status == 404:
-            with self._explained():
+            with self._translate_errors():
                 blob = self._bucket.get_blob(
                     self._prefix + obj.name, retry=google.retry(), timeout=google.READ_SECONDS
                 )
-            raise _gone(self.url, obj) if blob is None else _replaced(self.url, obj)
+            raise _gone_error(self.url, obj) if blob is None else _overwritten_error(self.url, obj)
         generation = response.headers.get("x-goog-generation")
         if generation is not None and int(generation) != obj.generation:
-            raise _replaced(self.url, obj)
+            raise _overwritten_error(self.url, obj)
         if status != 206:
             raise TransientError(f"{where}: HTTP {status} instead of 206 for a range")
 
@@ -313,12 +313,12 @@ class Bucket:
         return self._bucket.blob(self._prefix + name)
 
 
-def _fill(raw: Any, into: Sequence[memoryview], where: str, progress: Progress) -> None:
+def _copy_body(raw: Any, buffers: Sequence[memoryview], where: str, on_chunk: ChunkCallback) -> None:
     """Copy a response's body into the buffers: the one copy that its bytes see in this process."""
-    views = iter(into)
+    views = iter(buffers)
     view = next(views)
     while chunk := memoryview(raw.read(CHUNK_BYTES)):
-        if not progress(len(chunk)):
+        if not on_chunk(len(chunk)):
             raise AbandonedError
         while len(chunk) >= len(view):
             view[:] = chunk[: len(view)]
@@ -358,11 +358,11 @@ def _session(client: "Client") -> Any:
     return session
 
 
-def _gone(url: str, obj: Object) -> UserError:
+def _gone_error(url: str, obj: Object) -> UserError:
     return UserError(f"{url}/{obj.name} is gone since the run began; restore it, then launch again")
 
 
-def _replaced(url: str, obj: Object) -> UserError:
+def _overwritten_error(url: str, obj: Object) -> UserError:
     return UserError(
         f"{url}/{obj.name} was overwritten since the run began (it was generation {obj.generation}); "
         "restore it, or index the new data and begin another run with --name"

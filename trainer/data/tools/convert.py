@@ -22,13 +22,13 @@ import google_crc32c
 import numpy as np
 
 from configs.errors import UserError
-from trainer.data.storage.dataset import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
+from trainer.data.storage.dataset import MANIFEST, RECORD_DTYPE, Manifest, Shard, parse_manifest, publish
 from trainer.data.storage.formats import array_record, example
 from trainer.data.storage.store import Object, Store, checksum, open_store
 from trainer.data.tools import inputs, parallel
 from trainer.data.tools.images import is_image, shrink
 from trainer.data.tools.inputs import Item, Listing, Part
-from trainer.data.tools.shards import from_zero, place, split_pattern
+from trainer.data.tools.shards import canonical_address, split_pattern, zero_based_label
 
 JOURNAL = "convert.json"
 
@@ -52,7 +52,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenPart:
     """A part of the input that lies at the destination."""
 
     number: int
@@ -81,20 +81,20 @@ def convert(
         part_bytes=settings.shard_mib << 20,
         seed=settings.seed,
     )
-    home = open_store(destination)
+    store = open_store(destination)
     journal = _journal(source, settings, listing)
-    _begun(home, journal)  # what is refused is left without a lock
+    _check_destination(store, journal)  # what is refused is left without a lock
     with _locked(destination) as scratch:
-        objects = _begun(home, journal)
+        objects = _check_destination(store, journal)
         if not objects:
-            home.write(JOURNAL, json.dumps(journal, indent=1, ensure_ascii=False).encode())
+            store.write(JOURNAL, json.dumps(journal, indent=1, ensure_ascii=False).encode())
         if MANIFEST in objects:
-            manifest = parse_manifest(home.read(MANIFEST), destination)
+            manifest = parse_manifest(store.read(MANIFEST), destination)
         else:
-            manifest = _convert(home, objects, listing, settings, scratch, jobs, begin)
-        for obj in home.list():
+            manifest = _convert(store, objects, listing, settings, scratch, jobs, begin)
+        for obj in store.list():
             if obj.name.endswith(".part"):
-                home.delete(obj.name)
+                store.delete(obj.name)
     return manifest
 
 
@@ -110,7 +110,7 @@ def read_classes(url: str) -> tuple[str, ...]:
 
 
 def _convert(
-    home: Store,
+    store: Store,
     objects: dict[str, Object],
     listing: Listing,
     settings: Settings,
@@ -119,11 +119,11 @@ def _convert(
     begin: Callable[[int, int], Progress],
 ) -> Manifest:
     progress = begin(len(listing.parts), sum(part.num_bytes for part in listing.parts))
-    done = {w.number: w for w in _finished(home, objects)}
+    done = {w.number: w for w in _finished_parts(store, objects)}
     for number, written in done.items():
         progress(len(written.records), listing.parts[number].num_bytes)
     rest = [(number, part) for number, part in enumerate(listing.parts) if number not in done]
-    work = partial(_write_part, home.url, scratch, settings, listing.classes)
+    work = partial(_write_part, store.url, scratch, settings, listing.classes)
     for written in parallel.run(work, rest, jobs):
         done[written.number] = written
         progress(len(written.records), listing.parts[written.number].num_bytes)
@@ -132,7 +132,7 @@ def _convert(
     if not len(records):
         raise UserError("there is not one image in it")
     return publish(
-        home,
+        store,
         format="array_record",
         shards=list(chain.from_iterable(written.shards for written in ordered)),
         records=records,
@@ -149,23 +149,23 @@ def _write_part(
     settings: Settings,
     classes: Sequence[str] | None,
     numbered: tuple[int, Part],
-) -> Written:
+) -> WrittenPart:
     number, part = numbered
-    home = open_store(destination)
+    store = open_store(destination)
     shards, rows = [], []
     for k, items in enumerate(_shards(part.items(), settings.shard_mib << 20)):
         name = f"{number:05}-{k:02}.array_record"
         # Named by the process: one that outlives its killed parent for a moment shares no file with the next.
         file = scratch / f".{name}.{os.getpid()}.partial"
         try:
-            shard, records = _write_shard(home, file, name, items, settings, classes)
+            shard, records = _write_shard(store, file, name, items, settings, classes)
         finally:
             file.unlink(missing_ok=True)
         shards.append(shard)
         rows.append(records)
-    written = Written(number, tuple(shards), np.concatenate(rows) if rows else np.empty(0, RECORD))
+    written = WrittenPart(number, tuple(shards), np.concatenate(rows) if rows else np.empty(0, RECORD_DTYPE))
     fields = {"shards": [asdict(shard) for shard in shards], "records": written.records.tobytes().hex()}
-    home.write(_part_name(number), json.dumps(fields).encode())
+    store.write(_part_name(number), json.dumps(fields).encode())
     return written
 
 
@@ -184,7 +184,7 @@ def _shards(items: Iterator[Item], num_bytes: int) -> Iterator[Iterator[Item]]:
 
 
 def _write_shard(
-    home: Store,
+    store: Store,
     file: Path,
     name: str,
     items: Iterable[Item],
@@ -197,9 +197,9 @@ def _write_shard(
     try:
         writer = ArrayRecordWriter(str(file), array_record.OPTIONS)
         for item in items:
-            image, label = _prepared(item, settings, classes)
+            image, label = _prepare(item, settings, classes)
             text = classes[label] if classes else None
-            writer.write(example.write(image, label, text=text, filename=item.name))
+            writer.write(example.serialize(image, label, text=text, filename=item.name))
             intended.append((google_crc32c.value(image), label))
         writer.close()
     except RuntimeError as e:  # the writer's only one
@@ -211,14 +211,14 @@ def _write_shard(
         same = False
     if not same:
         raise UserError(f"{file} does not read as it was written; is the disk failing?")
-    home.upload(name, file)
+    store.upload(name, file)
     return shard, records
 
 
-def _prepared(item: Item, settings: Settings, classes: Sequence[str] | None) -> tuple[bytes, int]:
+def _prepare(item: Item, settings: Settings, classes: Sequence[str] | None) -> tuple[bytes, int]:
     """The bytes to write and the label. Raises UserError where the item is none of an image and a label."""
     try:
-        label = from_zero(item.label, settings.first_label)
+        label = zero_based_label(item.label, settings.first_label)
     except ValueError as e:
         raise UserError(f"{item.name} {e}") from None
     if classes is not None and label >= len(classes):
@@ -237,7 +237,7 @@ def _prepared(item: Item, settings: Settings, classes: Sequence[str] | None) -> 
 def _read_back(file: Path, name: str) -> tuple[Shard, np.ndarray]:
     with file.open("rb") as f:
         rows = [(e.offset, e.length, google_crc32c.value(e.image), e.label) for e in array_record.scan(f)]
-        return Shard(name, file.stat().st_size, checksum(f), len(rows)), np.array(rows, RECORD)
+        return Shard(name, file.stat().st_size, checksum(f), len(rows)), np.array(rows, RECORD_DTYPE)
 
 
 # Going on
@@ -247,37 +247,37 @@ def _journal(source: str, settings: Settings, listing: Listing) -> dict[str, Any
     folder, pattern = split_pattern(source)
     fields = asdict(settings)
     fields["classes"] = list(listing.classes) if listing.classes else None
-    where = place(folder) if pattern == "*" else f"{place(folder)}/{pattern}"
+    where = canonical_address(folder) if pattern == "*" else f"{canonical_address(folder)}/{pattern}"
     return {"source": where, **fields, "input": listing.digest}
 
 
-def _begun(home: Store, journal: dict[str, Any]) -> dict[str, Object]:
+def _check_destination(store: Store, journal: dict[str, Any]) -> dict[str, Object]:
     """What is at the destination, where this conversion may begin (then nothing) or go on."""
-    objects = {obj.name: obj for obj in _objects(home)}
+    objects = {obj.name: obj for obj in _list_destination(store)}
     if objects.keys() <= {JOURNAL}:
         return {}
     if JOURNAL not in objects:
         what = "holds a dataset already" if MANIFEST in objects else f"is not empty ({min(objects)}, …)"
-        raise UserError(f"{home.url} {what}; give an empty folder or prefix")
+        raise UserError(f"{store.url} {what}; give an empty folder or prefix")
     try:
-        begun = dict(json.loads(home.read(JOURNAL)))
+        begun = dict(json.loads(store.read(JOURNAL)))
     except (ValueError, TypeError):
-        raise UserError(f"{home.url}/{JOURNAL} is damaged; give an empty folder or prefix") from None
+        raise UserError(f"{store.url}/{JOURNAL} is damaged; give an empty folder or prefix") from None
     changed = [key for key in journal if begun.get(key) != journal[key]]
     if changed:
         state = "a conversion" if MANIFEST in objects else "an unfinished conversion"
         raise UserError(
-            f"{home.url} holds {state} of {begun.get('source')} that differs in {', '.join(changed)}; "
+            f"{store.url} holds {state} of {begun.get('source')} that differs in {', '.join(changed)}; "
             "undo that, or give an empty folder or prefix"
         )
     return objects
 
 
-def _objects(home: Store) -> list[Object]:
+def _list_destination(store: Store) -> list[Object]:
     try:
-        return home.list()
+        return store.list()
     except UserError:
-        if "://" in home.url or Path(home.url).exists():
+        if "://" in store.url or Path(store.url).exists():
             raise
         return []
 
@@ -286,22 +286,27 @@ def _part_name(number: int) -> str:
     return f"{number:05}.part"
 
 
-def _finished(home: Store, objects: dict[str, Object]) -> Iterator[Written]:
+def _finished_parts(store: Store, objects: dict[str, Object]) -> Iterator[WrittenPart]:
     """Parts whose shards are there as they were written; one whose rows are damaged is written anew."""
     for name in (name for name in objects if name.endswith(".part")):
         try:
-            fields = json.loads(home.read(name))
+            fields = json.loads(store.read(name))
             shards = tuple(Shard(**shard) for shard in fields["shards"])
-            records = np.frombuffer(bytes.fromhex(fields["records"]), RECORD)
+            records = np.frombuffer(bytes.fromhex(fields["records"]), RECORD_DTYPE)
         except (ValueError, TypeError, KeyError):
             continue
         if all(s.name in objects and objects[s.name].size == s.size for s in shards):
-            yield Written(int(name.removesuffix(".part")), shards, records)
+            yield WrittenPart(int(name.removesuffix(".part")), shards, records)
 
 
 def _check_apart(source: str, destination: str, kind: str) -> None:
-    here, there = place(split_pattern(source)[0]), place(destination)
-    if here == there or (kind == "imagefolder" and there.startswith(f"{here}/")):
+    source_address, destination_address = (
+        canonical_address(split_pattern(source)[0]),
+        canonical_address(destination),
+    )
+    if source_address == destination_address or (
+        kind == "imagefolder" and destination_address.startswith(f"{source_address}/")
+    ):
         raise UserError(f"{destination} lies in the input {source}; give another folder or prefix")
 
 

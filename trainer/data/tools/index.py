@@ -8,11 +8,17 @@ import google_crc32c
 import numpy as np
 
 from configs.errors import UserError
-from trainer.data.storage.dataset import MANIFEST, RECORD, Manifest, Shard, parse_manifest, publish
-from trainer.data.storage.formats import FORMATS, detect, format_of
+from trainer.data.storage.dataset import MANIFEST, RECORD_DTYPE, Manifest, Shard, parse_manifest, publish
+from trainer.data.storage.formats import FORMATS, detect_format, format_of
 from trainer.data.storage.store import Object, Store, open_store
 from trainer.data.tools import parallel
-from trainer.data.tools.shards import find, from_zero, opened, place, split_pattern
+from trainer.data.tools.shards import (
+    canonical_address,
+    list_shards,
+    open_verified,
+    split_pattern,
+    zero_based_label,
+)
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,22 @@ def index(
     `begin` is told the number of shards and their bytes; what it returns, the records and bytes of each
     shard that has been scanned. Raises UserError where a shard cannot be read whole.
     """
-    store, objects = find(source)
+    store, objects = list_shards(source)
     folder, pattern = split_pattern(source)
     if destination is None and pattern != "*":
         raise UserError(f"{source} is a part of a folder: give the table a folder of its own with --to")
     try:
-        name = detect(obj.name for obj in objects)
+        name = detect_format(obj.name for obj in objects)
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
     shards = [obj for obj in objects if format_of(obj.name) == name]
-    base = None if destination is None or place(destination) == place(folder) else place(folder)
-    home = open_store(folder if destination is None else destination)
-    before = _replaced(home, base)
+    base = (
+        None
+        if destination is None or canonical_address(destination) == canonical_address(folder)
+        else canonical_address(folder)
+    )
+    table_store = open_store(folder if destination is None else destination)
+    before = _older_table(table_store, base)
     progress = begin(len(shards), sum(obj.size for obj in shards))
     scanned: dict[int, _Scanned] = {}
     for one in parallel.run(partial(_scan, store.url, name, first_label), list(enumerate(shards)), jobs):
@@ -60,7 +70,7 @@ def index(
     if classes is not None and records["label"].max() >= len(classes):
         classes = None  # of other shards
     return publish(
-        home,
+        table_store,
         format=name,
         shards=[one.shard for one in ordered],
         records=records,
@@ -69,15 +79,15 @@ def index(
     )
 
 
-def _replaced(home: Store, base: str | None) -> Manifest | None:
+def _older_table(table_store: Store, base: str | None) -> Manifest | None:
     """The older table of the same shards. Raises UserError where that of others is in the way."""
     try:
-        manifest = parse_manifest(home.read(MANIFEST), home.url)
+        manifest = parse_manifest(table_store.read(MANIFEST), table_store.url)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if manifest.base != base:
         raise UserError(
-            f"{home.url} holds the table of {manifest.base or 'its own shards'}; give another --to"
+            f"{table_store.url} holds the table of {manifest.base or 'its own shards'}; give another --to"
         )
     return manifest
 
@@ -86,16 +96,16 @@ def _scan(url: str, format_name: str, first_label: int, numbered: tuple[int, Obj
     number, obj = numbered
     store: Store = open_store(url)
     rows: list[tuple[int, int, int, int]] = []
-    with opened(store, obj) as (file, crc):
+    with open_verified(store, obj) as (file, crc):
         try:
             for entry in FORMATS[format_name].scan(file):
                 if not entry.image:
                     raise ValueError(f"record {len(rows)} (byte {entry.offset:,}): its image is empty")
                 try:
-                    label = from_zero(entry.label, first_label)
+                    label = zero_based_label(entry.label, first_label)
                 except ValueError as e:
                     raise ValueError(f"record {len(rows)} {e}") from None
                 rows.append((entry.offset, entry.length, google_crc32c.value(entry.image), label))
         except ValueError as e:
             raise UserError(f"{url}/{obj.name}: {e}") from None
-    return _Scanned(number, Shard(obj.name, obj.size, crc, len(rows)), np.array(rows, RECORD))
+    return _Scanned(number, Shard(obj.name, obj.size, crc, len(rows)), np.array(rows, RECORD_DTYPE))

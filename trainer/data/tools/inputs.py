@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from configs.errors import UserError
 from trainer.data.storage.formats import FORMATS, format_of
 from trainer.data.storage.store import Object, open_store
-from trainer.data.tools.shards import check_name, find, opened
+from trainer.data.tools.shards import check_name, list_shards, open_verified
 
 KINDS = ("imagefolder", "tfrecord", "webdataset", "parquet")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -59,14 +59,14 @@ def list_input(
     """Raises UserError where the input is not what `kind` says."""
     if kind == "imagefolder":
         return _list_folder(source, classes, part_bytes, seed)
-    store, objects = find(source)
+    store, objects = list_shards(source)
     objects = [obj for obj in objects if _kind_of(obj.name) == kind]
     if not objects:
         raise UserError(f"{source} holds no {kind} shards")
     if kind == "parquet" and classes is None:
         classes = _parquet_classes(store.url, objects[0])
     digest = _digest(f"{obj.name}\0{obj.size}\0{obj.crc32c}" for obj in objects)
-    return Listing(tuple(Shard(store.url, obj, obj.size) for obj in objects), classes, digest)
+    return Listing(tuple(ShardPart(store.url, obj, obj.size) for obj in objects), classes, digest)
 
 
 def _kind_of(name: str) -> str | None:
@@ -81,7 +81,7 @@ def _digest(lines: Iterator[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Files:
+class FolderPart:
     """Image files of SOURCE/CLASS/."""
 
     source: str
@@ -119,7 +119,7 @@ def _list_folder(source: str, classes: tuple[str, ...] | None, part_bytes: int, 
     digest = _digest(f"{name}\0{size}" for name, _, size in files)
     # Folders are sorted by class, and training shuffles blocks of neighbours.
     random.Random(seed).shuffle(files)  # noqa: S311
-    return Listing(tuple(_cut(source, files, part_bytes)), classes, digest)
+    return Listing(tuple(_cut_into_parts(source, files, part_bytes)), classes, digest)
 
 
 def _class_files(root: Path, name: str) -> list[tuple[str, int]]:
@@ -146,13 +146,13 @@ def _class_files(root: Path, name: str) -> list[tuple[str, int]]:
     return files
 
 
-def _cut(source: str, files: list[tuple[str, int, int]], part_bytes: int) -> Iterator[Files]:
+def _cut_into_parts(source: str, files: list[tuple[str, int, int]], part_bytes: int) -> Iterator[FolderPart]:
     """Parts of at least `part_bytes`, but for the last."""
     begin = size = 0
     for i, (_, _, file_size) in enumerate(files):
         size += file_size
         if size >= part_bytes or i == len(files) - 1:
-            yield Files(source, tuple((name, label) for name, label, _ in files[begin : i + 1]), size)
+            yield FolderPart(source, tuple((name, label) for name, label, _ in files[begin : i + 1]), size)
             begin, size = i + 1, 0
 
 
@@ -160,7 +160,7 @@ def _cut(source: str, files: list[tuple[str, int, int]], part_bytes: int) -> Ite
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardPart:
     """One shard or Parquet file."""
 
     url: str
@@ -170,22 +170,22 @@ class Shard:
     def items(self) -> Iterator[Item]:
         kind = _kind_of(self.obj.name)
         assert kind is not None
-        with opened(open_store(self.url), self.obj) as (file, _):
+        with open_verified(open_store(self.url), self.obj) as (file, _):
             try:
-                for record, (image, label) in enumerate(_pairs(kind, file)):
+                for record, (image, label) in enumerate(_images_and_labels(kind, file)):
                     yield Item(image, label, f"{self.obj.name}/{record}")
             except ValueError as e:
                 raise UserError(f"{self.url}/{self.obj.name}: {e}") from None
 
 
-def _pairs(kind: str, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def _images_and_labels(kind: str, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """Image and label of each record. Raises ValueError where the shard is damaged."""
     if kind == "parquet":
-        return _parquet_pairs(file)
+        return _parquet_images_and_labels(file)
     return ((entry.image, entry.label) for entry in FORMATS[kind].scan(file))
 
 
-def _parquet_pairs(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def _parquet_images_and_labels(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     parquet = _pyarrow_parquet()
     from pyarrow import ArrowException
 

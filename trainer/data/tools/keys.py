@@ -8,11 +8,11 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from trainer.data.order import Demand, Order, train_order
+from trainer.data.order import Order, ProcessStream, train_order
 from trainer.data.storage.dataset import open_dataset
 
 
-class Key(NamedTuple):
+class SampleKey(NamedTuple):
     """One sample of the training stream."""
 
     position: int
@@ -23,7 +23,9 @@ class Key(NamedTuple):
     label: int
 
 
-def keys(config: RunConfig, *, hosts: int, host: int | None, start: int, num_keys: int) -> Iterator[Key]:
+def keys(
+    config: RunConfig, *, hosts: int, host: int | None, start: int, num_keys: int
+) -> Iterator[SampleKey]:
     """The first keys at or after position `start` of host `host` of `hosts`; of all hosts where it is None."""
     path, size = config.data.train.path, config.train.batch_size
     if path is None:
@@ -34,9 +36,11 @@ def keys(config: RunConfig, *, hosts: int, host: int | None, start: int, num_key
     order = train_order(config, len(dataset), dataset.block_starts())
     for position in islice(_positions(order, size, hosts, host, start), num_keys):
         index = order.index(position)
-        shard = int(dataset.shard(np.array(index)))
+        shard = int(dataset.shard_of(np.array(index)))
         label = int(dataset.records["label"][index])
-        yield Key(position, dataset.objects[shard].name, index - int(dataset.first[shard]), label)
+        yield SampleKey(
+            position, dataset.objects[shard].name, index - int(dataset.shard_starts[shard]), label
+        )
 
 
 def _positions(order: Order, size: int, hosts: int, host: int | None, start: int) -> Iterator[int]:
@@ -45,6 +49,6 @@ def _positions(order: Order, size: int, hosts: int, host: int | None, start: int
     assert host is not None
     rows = np.arange(size // hosts) + host * (size // hosts)  # a host's devices hold neighbouring rows
     for begin in count(start // size * size, size):
-        demand = Demand(order, begin, begin + size, size, rows)
-        found = (demand.position(i) for i in range(len(demand)))
+        stream = ProcessStream(order, begin, begin + size, size, rows)
+        found = (stream.position(i) for i in range(len(stream)))
         yield from (p for p in found if p is not None and p >= start)

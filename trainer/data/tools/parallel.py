@@ -27,9 +27,9 @@ def run(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) ->
         return
     # Spawned: a fork would copy locks that threads of this process hold.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_exit_with_parent)
     try:
-        with _ctrl_c_held():  # children inherit that, and leave Ctrl-C to this process
+        with _ctrl_c_blocked():  # children inherit that, and leave Ctrl-C to this process
             futures = [pool.submit(function, task) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
@@ -42,7 +42,7 @@ def run(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) ->
 
 
 @contextmanager
-def _ctrl_c_held() -> Iterator[None]:
+def _ctrl_c_blocked() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -50,7 +50,7 @@ def _ctrl_c_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
     """End when the parent does: a pool's workers would outlive one that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None

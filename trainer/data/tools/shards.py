@@ -13,7 +13,7 @@ import numpy as np
 
 from configs.errors import UserError
 from trainer.data.storage.fetch import Fetcher
-from trainer.data.storage.request import Request
+from trainer.data.storage.request import RangeRequest
 from trainer.data.storage.store import Object, Store, checksum, open_store
 
 RANGE_BYTES = 8 << 20
@@ -29,7 +29,7 @@ def split_pattern(url: str) -> tuple[str, str]:
     return url, "*"
 
 
-def find(url: str) -> tuple[Store, list[Object]]:
+def list_shards(url: str) -> tuple[Store, list[Object]]:
     """The objects at an address. Raises UserError where there are none."""
     folder, pattern = split_pattern(url)
     store = open_store(folder)
@@ -49,12 +49,12 @@ def check_name(path: str) -> None:
         raise UserError(f"{path!a}: the name is not UTF-8; rename it") from None
 
 
-def place(url: str) -> str:
+def canonical_address(url: str) -> str:
     """The same text for each spelling of an address."""
     return url.rstrip("/") if "://" in url else str(Path(url).resolve())
 
 
-def stream(requests: Iterable[Request]) -> Iterator[np.ndarray]:
+def stream(requests: Iterable[RangeRequest]) -> Iterator[np.ndarray]:
     """The payload of each range, read ahead of its use."""
     with closing(Fetcher()) as fetcher:
         waiting: deque[Future[np.ndarray]] = deque()
@@ -67,7 +67,7 @@ def stream(requests: Iterable[Request]) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
+def open_verified(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
     """An object as a file on this machine, and the crc32c of the whole of it.
 
     Raises UserError where the bytes that come are not those that the store has.
@@ -77,7 +77,7 @@ def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
             yield file, checksum(file)
         return
     starts = range(0, obj.size, RANGE_BYTES)
-    ranges = [Request(store, obj, at, min(RANGE_BYTES, obj.size - at), framing=None) for at in starts]
+    ranges = [RangeRequest(store, obj, at, min(RANGE_BYTES, obj.size - at), framing=None) for at in starts]
     with tempfile.TemporaryFile(prefix="podlaunch-") as copy:
         for _ in range(REREADS + 1):
             copy.seek(0)
@@ -89,7 +89,7 @@ def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
     raise UserError(f"{store.url}/{obj.name} comes damaged over the network, however often it is read")
 
 
-def from_zero(label: int, first_label: int) -> int:
+def zero_based_label(label: int, first_label: int) -> int:
     """A label, counted from 0. Raises ValueError where it is none then."""
     counted = label - first_label
     if not 0 <= counted < 2**31:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from configs.errors import UserError
 from trainer.data.storage.dataset import Dataset
 from trainer.data.storage.fetch import Fetcher
-from trainer.data.tools.verify import fault
+from trainer.data.tools.verify import find_fault
 from trainer.grid import captioned_grid
 
 TILE = 128
@@ -59,9 +59,9 @@ def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(np.int64))
     tiles, captions = [], []
     for index, encoded in zip(chosen, _read(dataset, chosen), strict=True):
-        if reason := fault(encoded, int(dataset.records["crc32c"][index]), decode=True):
+        if reason := find_fault(encoded, int(dataset.records["crc32c"][index]), decode=True):
             raise UserError(
-                f"{dataset.where(int(index))}: {reason}; `launch data verify` names all that are bad"
+                f"{dataset.describe(int(index))}: {reason}; `launch data verify` names all that are bad"
             )
         label = int(dataset.records["label"][index])
         classes = dataset.manifest.classes

@@ -9,14 +9,14 @@ import numpy as np
 
 from trainer.data.storage.dataset import Dataset
 from trainer.data.storage.formats import FORMATS
-from trainer.data.storage.request import Request
+from trainer.data.storage.request import RangeRequest
 from trainer.data.storage.store import Object, Store, open_store
 from trainer.data.tools import parallel
 from trainer.data.tools.shards import RANGE_BYTES, stream
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadRecord:
     """A record that training could not use."""
 
     shard: str
@@ -28,7 +28,7 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class _ShardOf:
+class _ShardTask:
     """What a process needs to verify one shard."""
 
     url: str
@@ -37,11 +37,13 @@ class _ShardOf:
     rows: np.ndarray
 
 
-def verify(dataset: Dataset, *, decode: bool, jobs: int, progress: Callable[[int, int], None]) -> list[Bad]:
+def verify(
+    dataset: Dataset, *, decode: bool, jobs: int, progress: Callable[[int, int], None]
+) -> list[BadRecord]:
     """Read all records; the bad ones, in their order. `progress` is told records and bytes as they are done."""
-    manifest, first = dataset.manifest, dataset.first
+    manifest, first = dataset.manifest, dataset.shard_starts
     tasks = [
-        _ShardOf(dataset.store.url, manifest.format, obj, dataset.records[first[i] : first[i + 1]])
+        _ShardTask(dataset.store.url, manifest.format, obj, dataset.records[first[i] : first[i + 1]])
         for i, obj in enumerate(dataset.objects)
     ]
     bad = []
@@ -51,22 +53,22 @@ def verify(dataset: Dataset, *, decode: bool, jobs: int, progress: Callable[[int
     return sorted(bad, key=lambda b: (b.shard, b.record))
 
 
-def _verify_shard(decode: bool, task: _ShardOf) -> tuple[int, int, list[Bad]]:
+def _verify_shard(decode: bool, task: _ShardTask) -> tuple[int, int, list[BadRecord]]:
     """Records, bytes, and what is bad of one shard."""
     rows, store = task.rows, open_store(task.url)
     bad = []
-    runs = list(_runs(rows))
+    runs = list(_neighbours(rows))
     ranges = [_request(store, task, rows[a], rows[b - 1]) for a, b in runs]
     for (a, b), outer, payload in zip(runs, ranges, stream(ranges), strict=True):
         for i in range(a, b):
             inner = _request(store, task, rows[i], rows[i])
-            image = outer.part(payload, inner).tobytes()
-            if reason := fault(image, int(rows["crc32c"][i]), decode):
-                bad.append(Bad(task.obj.name, i, inner.offset, reason))
+            image = outer.extract(payload, inner).tobytes()
+            if reason := find_fault(image, int(rows["crc32c"][i]), decode):
+                bad.append(BadRecord(task.obj.name, i, inner.offset, reason))
     return len(rows), task.obj.size, bad
 
 
-def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+def _neighbours(rows: np.ndarray) -> Iterator[tuple[int, int]]:
     """Neighbouring records that are read at once."""
     begin = 0
     ends = rows["offset"] + rows["length"]
@@ -76,13 +78,13 @@ def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
             begin = i
 
 
-def _request(store: Store, task: _ShardOf, first: np.void, last: np.void) -> Request:
+def _request(store: Store, task: _ShardTask, first: np.void, last: np.void) -> RangeRequest:
     """The range from one record to another."""
     offset, end = int(first["offset"]), int(last["offset"]) + int(last["length"])
-    return Request(store, task.obj, offset, end - offset, FORMATS[task.format].FRAMING)
+    return RangeRequest(store, task.obj, offset, end - offset, FORMATS[task.format].FRAMING)
 
 
-def fault(image: bytes, crc32c: int, decode: bool) -> str | None:
+def find_fault(image: bytes, crc32c: int, decode: bool) -> str | None:
     """What is bad of an image, if anything."""
     actual = google_crc32c.value(image)
     if actual != crc32c:

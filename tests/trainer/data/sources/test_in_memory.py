@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from configs.files import cache_folder
 from tests.trainer.small import config_of
 from trainer.data import open_splits
-from trainer.data.order import Demand, Order
+from trainer.data.order import Order, ProcessStream
 from trainer.data.sources import digits
 from trainer.data.split import Sample, Split
 
@@ -18,8 +18,8 @@ from trainer.data.split import Sample, Split
 def samples(split: Split) -> list[Sample]:
     """All of a split, as stored."""
     n = len(split)
-    demand = Demand(Order(n, 0, "none"), 0, n, 1, np.arange(1))
-    with closing(split.samples(demand, train=True)) as found:
+    stream = ProcessStream(Order(n, 0, "none"), 0, n, 1, np.arange(1))
+    with closing(split.samples(stream, train=True)) as found:
         return [found[i] for i in range(n)]
 
 

@@ -14,7 +14,7 @@ from tests.trainer import datasets
 from tests.trainer.small import Recorder, config_of, run
 from trainer.data import open_splits
 from trainer.data.batches import Batches, eval_batches, train_batches
-from trainer.mesh import make_mesh, rows
+from trainer.mesh import batch_sharding, make_mesh
 
 N = 96
 IMAGES = datasets.jpegs(N, size=16)
@@ -42,7 +42,7 @@ def settings(place: object, *overrides: str) -> tuple[str, ...]:
 def batches(config: RunConfig, *, steps: int = 6, position: int = 0, seen: str = "train") -> list[tuple]:
     """(images, labels) of each batch."""
     train, held_out = open_splits(config)
-    sharding = rows(make_mesh(4, 1))
+    sharding = batch_sharding(make_mesh(4, 1))
     stream: Batches = (
         train_batches(config, train, sharding, position=position, steps=steps)
         if seen == "train"
@@ -85,7 +85,7 @@ def test_a_bucket_with_faults_trains_the_same_bits_as_a_folder(
 def test_what_reading_does_is_in_the_report(folder: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     run(tmp_path / "run", *settings(folder), steps=5, recorder=recorder)
-    said = {key: value for words in recorder.words for key, value in words.items()}
+    said = {key: value for words in recorder.reports for key, value in words.items()}
     assert said["bound"] in ("input-bound", "compute-bound")
     assert said["data/requests"] > 0
     assert said["data/get_p50_ms"] > 0
@@ -119,7 +119,7 @@ def damage(folder: Path, *indices: int) -> list[str]:
     dataset = open_splits(config)[0]._dataset  # type: ignore[attr-defined]
     names = []
     for index in indices:
-        shard = dataset.objects[int(dataset.shard(np.array(index)))].name
+        shard = dataset.objects[int(dataset.shard_of(np.array(index)))].name
         content = bytearray((folder / shard).read_bytes())
         content[int(dataset.records["offset"][index]) + 5] ^= 0xFF
         (folder / shard).write_bytes(content)

@@ -12,7 +12,7 @@ from tests import gcs as cloud
 from tests.trainer import datasets
 from tests.trainer.small import config_of
 from trainer.data import open_splits
-from trainer.data.storage.dataset import RECORD, Dataset, open_dataset
+from trainer.data.storage.dataset import RECORD_DTYPE, Dataset, open_dataset
 from trainer.data.storage.store import Object
 
 IMAGES = datasets.jpegs(40)
@@ -199,10 +199,10 @@ def test_a_memory_that_the_shuffle_does_not_fit_in(tmp_path: Path) -> None:
     config = recipe(tmp_path, tmp_path, "data.memory_mib=0.001")
     train, _ = open_splits(config)
     from trainer.data.batches import train_batches
-    from trainer.mesh import make_mesh, rows
+    from trainer.mesh import batch_sharding, make_mesh
 
     with pytest.raises(UserError, match=r"data.memory_mib = 0.001 is too little: .* lower\s+data.window"):
-        train_batches(config, train, rows(make_mesh(4, 1)), position=0, steps=1)
+        train_batches(config, train, batch_sharding(make_mesh(4, 1)), position=0, steps=1)
 
 
 def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
 def dataset_of(lengths: np.ndarray, num_shards: int) -> Dataset:
     """Records of these lengths, one after another, of which nothing is stored."""
     parts = np.array_split(lengths, num_shards)
-    records = np.zeros(len(lengths), RECORD)
+    records = np.zeros(len(lengths), RECORD_DTYPE)
     records["length"] = lengths
     records["offset"] = np.concatenate([np.cumsum(part) - part for part in parts])
     objects = tuple(Object(f"{i}", int(part.sum()), 1, None) for i, part in enumerate(parts))
@@ -227,7 +227,7 @@ def test_blocks_are_neighbours_in_one_shard_of_about_four_mebibytes() -> None:
     dataset = dataset_of(np.random.default_rng(0).integers(50_000, 170_000, 200_000), num_shards=160)
     starts = dataset.block_starts()
     assert starts[0] == 0
-    assert set(dataset.first[:-1]) <= set(starts.tolist())
+    assert set(dataset.shard_starts[:-1]) <= set(starts.tolist())
     ends = np.append(starts[1:], len(dataset)) - 1
     offset, length = (dataset.records[name].astype(np.int64) for name in ("offset", "length"))
     spans = offset[ends] + length[ends] - offset[starts]

@@ -14,8 +14,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grain.sources import ArrayRecordDataSource
 
 from configs.errors import UserError
-from trainer.data.storage.formats import FORMATS, array_record, detect, example, tfrecord, webdataset
-from trainer.data.storage.formats.entry import Framing
+from trainer.data.storage.formats import FORMATS, array_record, detect_format, example, tfrecord, webdataset
+from trainer.data.storage.formats.protocol import Framing
 
 
 def scanned(module, content: bytes) -> list:
@@ -75,7 +75,7 @@ def proto():
 @pytest.mark.parametrize("size", [1, 127, 128, 70_000])
 def test_protobuf_reads_the_examples_that_are_written(proto, label, size):
     image = os.urandom(size)
-    read = proto.FromString(example.write(image, label, text="Löwe", filename="a/b.jpg")).features.feature
+    read = proto.FromString(example.serialize(image, label, text="Löwe", filename="a/b.jpg")).features.feature
     assert read["image/encoded"].bytes_list.value == [image]
     assert read["image/class/label"].int64_list.value == [label]
     assert read["image/class/text"].bytes_list.value == ["Löwe".encode()]
@@ -95,7 +95,7 @@ def test_examples_that_protobuf_writes_are_read(proto, keys, label):
     written.features.feature[keys[0]].bytes_list.value.append(b"the image")
     written.features.feature[keys[1]].int64_list.value.append(label)
     record = written.SerializeToString()
-    found = example.find(record)
+    found = example.find_image(record)
     assert (record[found.start : found.stop], found.label) == (b"the image", label)
 
 
@@ -103,13 +103,13 @@ def test_an_example_without_packed_integers_is_read():
     # proto2 wrote repeated integers one by one.
     feature = example._feature(b"label", 3, b"\x08\x07")
     image = example._feature(b"image", 1, example._field(1, b"x"))
-    assert example.find(example._field(1, feature + image)).label == 7
+    assert example.find_image(example._field(1, feature + image)).label == 7
 
 
 def test_an_example_without_a_label_is_refused_with_what_it_has():
     record = example._field(1, example._feature(b"image", 1, example._field(1, b"x")))
     with pytest.raises(ValueError, match=r"no image/class/label or label in it \(it holds image\)"):
-        example.find(record)
+        example.find_image(record)
 
 
 @pytest.mark.parametrize(("images", "count"), [([], "no"), ([b"x", b"y"], "2")])
@@ -117,13 +117,13 @@ def test_an_example_of_no_one_image_is_refused(images, count):
     values = b"".join(example._field(1, image) for image in images)
     features = example._feature(b"image", 1, values) + example._feature(b"label", 3, b"\x08\x07")
     with pytest.raises(ValueError, match=f"image/encoded holds {count} images"):
-        example.find(example._field(1, features))
+        example.find_image(example._field(1, features))
 
 
 @pytest.mark.parametrize("record", [b"hello", b"\x0a\xff", b"\x0b", b"\xff" * 12])
 def test_what_is_no_example_is_refused(record):
     with pytest.raises(ValueError, match=r"no tf\.train\.Example"):
-        example.find(record)
+        example.find_image(record)
 
 
 # ArrayRecord
@@ -143,7 +143,7 @@ SIZES = [1, 5, 65_300, 65_384, 65_400, 65_512, 65_536, 131_100, 40_000, 3, 200_0
 
 def test_an_array_record_is_scanned_in_place(tmp_path: Path):
     images = [os.urandom(size) for size in SIZES]
-    content = array_records(tmp_path / "a", [example.write(image, i) for i, image in enumerate(images)])
+    content = array_records(tmp_path / "a", [example.serialize(image, i) for i, image in enumerate(images)])
     entries = scanned(array_record, content)
     assert [e.image for e in entries] == images
     assert [e.label for e in entries] == list(range(len(images)))
@@ -154,7 +154,9 @@ def test_an_array_record_is_scanned_in_place(tmp_path: Path):
 
 def test_grain_reads_the_records_that_are_written(tmp_path: Path, proto):
     images = [os.urandom(size) for size in SIZES]
-    array_records(tmp_path / "a.array_record", [example.write(x, i, text="t") for i, x in enumerate(images)])
+    array_records(
+        tmp_path / "a.array_record", [example.serialize(x, i, text="t") for i, x in enumerate(images)]
+    )
     source = ArrayRecordDataSource([str(tmp_path / "a.array_record")])
     assert len(source) == len(images)
     for i in (len(images) - 1, 0, 7):
@@ -170,19 +172,19 @@ def test_an_array_record_without_records_is_empty(tmp_path: Path):
     [("group_size:1", "compressed records"), ("group_size:4,uncompressed", "4 records in a chunk")],
 )
 def test_other_array_records_are_refused_with_what_is_read(tmp_path: Path, options, what):
-    content = array_records(tmp_path / "a", [example.write(b"x" * 5000, 0)] * 4, options)
+    content = array_records(tmp_path / "a", [example.serialize(b"x" * 5000, 0)] * 4, options)
     assert refusal(array_record, content).startswith(f"it has {what}")
     assert array_record.OPTIONS in refusal(array_record, content)
 
 
 @pytest.mark.parametrize("size", [0, 3, 65_536, 131_072, 200_000, -65_536, -1])
 def test_an_array_record_that_is_cut_off_is_refused_at_its_end(tmp_path: Path, size):
-    content = array_records(tmp_path / "a", [example.write(os.urandom(100_000), 0)] * 3)[:size]
+    content = array_records(tmp_path / "a", [example.serialize(os.urandom(100_000), 0)] * 3)[:size]
     assert f"no ArrayRecord postscript at its end, byte {len(content):,}" in refusal(array_record, content)
 
 
 def test_an_array_record_with_a_damaged_chunk_header_is_refused_at_the_byte(tmp_path: Path):
-    records = [example.write(os.urandom(1000), 0)] * 3
+    records = [example.serialize(os.urandom(1000), 0)] * 3
     content = bytearray(array_records(tmp_path / "a", records))
     content[24 + 40 + 24] = ord("?")  # the kind of the second chunk, after a frame and the signature
     assert "byte 104 begins no chunk" in refusal(array_record, bytes(content))
@@ -191,7 +193,7 @@ def test_an_array_record_with_a_damaged_chunk_header_is_refused_at_the_byte(tmp_
 @pytest.mark.parametrize("size", [0, 10, 1 << 20, 1 << 40, (1 << 64) - 1])
 @pytest.mark.parametrize("kind", [b"r", b"p"])
 def test_an_array_record_with_a_damaged_chunk_size_is_refused_at_the_byte(tmp_path: Path, kind, size):
-    content = bytearray(array_records(tmp_path / "a", [example.write(os.urandom(1000), 0)] * 3))
+    content = bytearray(array_records(tmp_path / "a", [example.serialize(os.urandom(1000), 0)] * 3))
     at = 24 + 40  # the header of the first record's chunk, after a frame and the signature
     content[at + 8 : at + 16] = struct.pack("<Q", size)
     content[at + 24 : at + 25] = kind
@@ -225,7 +227,7 @@ def test_the_masked_checksum_is_that_of_tensorflow():
 
 def test_a_tfrecord_is_scanned_in_place():
     images = [os.urandom(size) for size in (1, 100, 70_000)]
-    content = tf_records(*(example.write(image, i) for i, image in enumerate(images)))
+    content = tf_records(*(example.serialize(image, i) for i, image in enumerate(images)))
     entries = scanned(tfrecord, content)
     assert [(e.image, e.label) for e in entries] == [(image, i) for i, image in enumerate(images)]
     assert [content[e.offset :][: e.length] for e in entries] == images
@@ -233,13 +235,13 @@ def test_a_tfrecord_is_scanned_in_place():
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 1000, 1060])
 def test_a_tfrecord_that_is_cut_off_is_refused_at_the_record(cut):
-    first = tf_records(example.write(b"a" * 1000, 0))
-    content = (first + tf_records(example.write(b"b" * 1000, 1)))[:-cut]
+    first = tf_records(example.serialize(b"a" * 1000, 0))
+    content = (first + tf_records(example.serialize(b"b" * 1000, 1)))[:-cut]
     assert refusal(tfrecord, content) == f"it is cut off in the record at byte {len(first):,}"
 
 
 def test_damage_in_a_tfrecord_is_refused_at_the_record():
-    first = tf_records(example.write(b"a" * 1000, 0))
+    first = tf_records(example.serialize(b"a" * 1000, 0))
     content = bytearray(first * 2)
     content[len(first) + 500] ^= 1
     assert (
@@ -338,7 +340,7 @@ def test_a_sample_that_is_none_is_refused_by_name(members, reason):
     ],
 )
 def test_the_format_is_told_by_the_names(name, expected):
-    assert detect([name, "dataset_info.json", "README"]) == expected
+    assert detect_format([name, "dataset_info.json", "README"]) == expected
     assert expected in FORMATS
 
 
@@ -354,4 +356,4 @@ def test_the_format_is_told_by_the_names(name, expected):
 )
 def test_folders_of_no_one_format_are_refused(names, reason):
     with pytest.raises(UserError, match=reason):
-        detect(names)
+        detect_format(names)

@@ -15,10 +15,10 @@ from configs.errors import UserError
 from configs.google import UnreachableError
 from tests import gcs as cloud
 from tests.trainer import datasets
-from trainer.data.order import Demand, Order
-from trainer.data.storage.cache import Cache
+from trainer.data.order import Order, ProcessStream
+from trainer.data.storage.cache import BlockCache
 from trainer.data.storage.dataset import Dataset, open_dataset
-from trainer.data.storage.fetch import Fetcher, Limiter
+from trainer.data.storage.fetch import ConcurrencyLimiter, Fetcher
 from trainer.data.storage.reader import DamagedRecordError, Reader
 from trainer.data.storage.store import TransientError
 
@@ -51,30 +51,30 @@ def reading(
     budget: int = 1 << 20,
     epochs: int = 2,
     **options: np.ndarray,
-) -> Iterator[tuple[Reader, Demand]]:
-    demand = Demand(order, 0, epochs * N // BATCH * BATCH, BATCH, rows)
-    reader = Reader(dataset, demand, fetcher, budget_bytes=budget, **options)
+) -> Iterator[tuple[Reader, ProcessStream]]:
+    stream = ProcessStream(order, 0, epochs * N // BATCH * BATCH, BATCH, rows)
+    reader = Reader(dataset, stream, fetcher, budget_bytes=budget, **options)
     try:
-        yield reader, demand
+        yield reader, stream
     finally:
         reader.close()
 
 
-def take(reader: Reader, demand: Demand, start: int = 0, stop: int | None = None) -> list[int]:
+def take(reader: Reader, stream: ProcessStream, start: int = 0, stop: int | None = None) -> list[int]:
     """Read samples, compare each with what was written, and return their indices."""
     indices = []
-    for i in range(start, len(demand) if stop is None else stop):
-        position = demand.position(i)
+    for i in range(start, len(stream) if stop is None else stop):
+        position = stream.position(i)
         assert position is not None
         with reader.record(position) as (index, image):
-            assert reader.checked(image, index).tobytes() == IMAGES[index]
+            assert reader.verified(image, index).tobytes() == IMAGES[index]
             indices.append(index)
     return indices
 
 
-def expected(demand: Demand) -> list[int]:
-    positions = [demand.position(i) for i in range(len(demand))]
-    return demand.order.indices(np.array(positions)).tolist()
+def expected(stream: ProcessStream) -> list[int]:
+    positions = [stream.position(i) for i in range(len(stream))]
+    return stream.order.indices(np.array(positions)).tolist()
 
 
 @pytest.fixture
@@ -100,16 +100,16 @@ def test_every_record_arrives_whole_and_in_order(
 ) -> None:
     dataset = open_dataset(str(folder) if where == "folder" else URL)
     for rows in np.arange(BATCH).reshape(2, -1):
-        with reading(dataset, fetcher, order, rows) as (reader, demand):
-            assert take(reader, demand) == expected(demand)
+        with reading(dataset, fetcher, order, rows) as (reader, stream):
+            assert take(reader, stream) == expected(stream)
 
 
 def test_hosts_together_read_each_byte_once_an_epoch(server: cloud.Server, fetcher: Fetcher) -> None:
     dataset = open_dataset(URL)
     server.forget()
     for rows in np.arange(BATCH).reshape(4, -1):
-        with reading(dataset, fetcher, rows=rows, epochs=1) as (reader, demand):
-            take(reader, demand)
+        with reading(dataset, fetcher, rows=rows, epochs=1) as (reader, stream):
+            take(reader, stream)
     # Each range once: on a slow machine one may be raced by a second request.
     fetched = sum({(a.object, a.range): a.bytes for a in server.reads(PART)}.values())
     used = int(dataset.records["length"].sum())
@@ -142,8 +142,8 @@ def test_the_stream_is_that_of_a_server_without_faults(
     dataset = open_dataset(URL)
     server.faults.append(injected)
     begun = time.monotonic()
-    with reading(dataset, fetcher) as (reader, demand):
-        assert take(reader, demand) == expected(demand)
+    with reading(dataset, fetcher) as (reader, stream):
+        assert take(reader, stream) == expected(stream)
     figures = fetcher.metrics()
     if injected.kind in ("stall", "slow"):
         # Without the second request it would take the read's time limit, or as long as the first byte takes.
@@ -160,11 +160,11 @@ def test_the_stream_is_that_of_a_server_without_faults(
 def test_many_slow_requests_at_once_are_raced_within_the_budget(server: cloud.Server) -> None:
     dataset = open_dataset(URL)
     fetcher = Fetcher(retry_seconds=5)
-    with reading(dataset, fetcher, epochs=1) as (reader, demand):
-        take(reader, demand)  # what is usual
+    with reading(dataset, fetcher, epochs=1) as (reader, stream):
+        take(reader, stream)  # what is usual
     server.faults.append(fault("slow", seconds=0.4))
-    with reading(dataset, fetcher, epochs=1) as (reader, demand):
-        take(reader, demand)
+    with reading(dataset, fetcher, epochs=1) as (reader, stream):
+        take(reader, stream)
     figures = fetcher.metrics()
     fetcher.close()
     assert 1 <= figures["data/hedges"] <= 1 + 0.05 * figures["data/requests"]
@@ -177,8 +177,8 @@ def test_a_body_that_only_trickles_is_given_up(server: cloud.Server, monkeypatch
     )  # no second request comes to the rescue
     dataset, fetcher = open_dataset(URL), Fetcher(retry_seconds=30)
     server.faults.append(fault("stall", seconds=1.0, count=1))
-    with reading(dataset, fetcher, epochs=1) as (reader, demand):
-        assert take(reader, demand) == expected(demand)
+    with reading(dataset, fetcher, epochs=1) as (reader, stream):
+        assert take(reader, stream) == expected(stream)
     assert fetcher.metrics()["data/retries"] >= 1  # a slow machine may give up others, too
     fetcher.close()
 
@@ -204,8 +204,8 @@ def test_credentials_that_are_out_of_reach_for_a_moment_do_not_end_a_run(
         return request
 
     session.auth = credentials_first  # requests asks it before each request is sent
-    with reading(dataset, fetcher) as (reader, demand):
-        assert take(reader, demand) == expected(demand)
+    with reading(dataset, fetcher) as (reader, stream):
+        assert take(reader, stream) == expected(stream)
     assert not errors
     assert fetcher.metrics()["data/retries"] == 1
 
@@ -215,10 +215,10 @@ def test_what_does_not_pass_is_told_with_its_object_and_number_of_attempts(serve
     dataset = open_dataset(URL)
     server.faults.append(fault("status", status=503))
     with (
-        reading(dataset, fetcher) as (reader, demand),
+        reading(dataset, fetcher) as (reader, stream),
         pytest.raises(TransientError, match=rf"{URL}/part-0.* HTTP 503, still so after \d+ attempts"),
     ):
-        take(reader, demand)
+        take(reader, stream)
     fetcher.close()
 
 
@@ -228,10 +228,10 @@ def test_a_record_that_stays_damaged_is_told_after_reading_it_anew(
     dataset = open_dataset(URL)
     server.faults.append(fault("corrupt"))
     with (
-        reading(dataset, fetcher) as (reader, demand),
+        reading(dataset, fetcher) as (reader, stream),
         pytest.raises(DamagedRecordError, match="4 times read anew"),
     ):
-        take(reader, demand)
+        take(reader, stream)
 
 
 def test_a_shard_that_is_overwritten_ends_the_run_and_is_named(
@@ -241,10 +241,10 @@ def test_a_shard_that_is_overwritten_ends_the_run_and_is_named(
     name = dataset.objects[1].name
     server.put(f"data/{name}", server.contents()[f"data/{name}"][::-1])
     with (
-        reading(dataset, fetcher) as (reader, demand),
+        reading(dataset, fetcher) as (reader, stream),
         pytest.raises(UserError, match=rf"{URL}/{name} was overwritten since the run began"),
     ):
-        take(reader, demand)
+        take(reader, stream)
 
 
 def test_a_local_shard_that_is_overwritten_ends_the_run_too(tmp_path: Path, fetcher: Fetcher) -> None:
@@ -254,10 +254,10 @@ def test_a_local_shard_that_is_overwritten_ends_the_run_too(tmp_path: Path, fetc
     shard.write_bytes(shard.read_bytes()[::-1])
     os.utime(shard, ns=(0, 0))
     with (
-        reading(dataset, fetcher) as (reader, demand),
+        reading(dataset, fetcher) as (reader, stream),
         pytest.raises(UserError, match=rf"{shard} was overwritten since the run began"),
     ):
-        take(reader, demand)
+        take(reader, stream)
 
 
 @pytest.mark.parametrize("where", ["folder", "bucket"])
@@ -270,10 +270,10 @@ def test_a_shard_that_disappears_ends_the_run_and_is_named(
     (tmp_path / name).unlink()
     del server.objects[cloud.BUCKET, f"data/{name}"]
     with (
-        reading(dataset, fetcher) as (reader, demand),
+        reading(dataset, fetcher) as (reader, stream),
         pytest.raises(UserError, match=rf"{dataset.store.url}/{name} is gone"),
     ):
-        take(reader, demand)
+        take(reader, stream)
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -283,10 +283,10 @@ def test_expired_credentials_end_the_run_at_once_with_what_to_do(
     dataset = open_dataset(URL)
     server.faults.append(fault("status", status=status))
     with (
-        reading(dataset, fetcher) as (reader, demand),
+        reading(dataset, fetcher) as (reader, stream),
         pytest.raises(UserError, match=rf"{URL}/part-.*gcloud auth"),
     ):
-        take(reader, demand)
+        take(reader, stream)
     assert fetcher.metrics()["data/retries"] == 0
 
 
@@ -294,10 +294,10 @@ def test_no_more_is_held_than_the_budget(server: cloud.Server, fetcher: Fetcher)
     dataset = open_dataset(URL)
     working_set = 4 * 12 * 4500
     budget = 2 * working_set
-    with reading(dataset, fetcher, budget=budget) as (reader, demand):
+    with reading(dataset, fetcher, budget=budget) as (reader, stream):
         most = 0.0
-        for i in range(len(demand)):
-            take(reader, demand, i, i + 1)
+        for i in range(len(stream)):
+            take(reader, stream, i, i + 1)
             most = max(most, reader.metrics()["data/memory_mib"])
     assert working_set / 4 < most * 2**20 <= budget
     assert reader.metrics()["data/memory_mib"] == 0
@@ -306,8 +306,8 @@ def test_no_more_is_held_than_the_budget(server: cloud.Server, fetcher: Fetcher)
 def test_a_budget_below_one_window_slows_reading_but_does_not_hang(
     server: cloud.Server, fetcher: Fetcher
 ) -> None:
-    with reading(open_dataset(URL), fetcher, budget=1) as (reader, demand):
-        assert take(reader, demand) == expected(demand)
+    with reading(open_dataset(URL), fetcher, budget=1) as (reader, stream):
+        assert take(reader, stream) == expected(stream)
 
 
 def test_closing_frees_who_waits_for_bytes(server: cloud.Server, fetcher: Fetcher) -> None:
@@ -320,7 +320,7 @@ def test_closing_frees_who_waits_for_bytes(server: cloud.Server, fetcher: Fetche
 
 
 def test_throttling_halves_the_connections_and_success_brings_them_back() -> None:
-    limiter = Limiter(32)
+    limiter = ConcurrencyLimiter(32)
     assert limiter.limit == 8
     with pytest.raises(TransientError), limiter:
         raise TransientError("HTTP 429", throttled=True)
@@ -338,13 +338,13 @@ def test_requests_overlap_as_far_as_the_limit_goes(server: cloud.Server, fetcher
     dataset = open_dataset(URL)
     server.latency = 0.05
     server.forget()
-    with reading(dataset, fetcher) as (reader, demand):
-        take(reader, demand)
+    with reading(dataset, fetcher) as (reader, stream):
+        take(reader, stream)
     assert 4 <= server.counters()["max_concurrent"] <= 32
 
 
 def cached(folder: Path, max_bytes: int = 1 << 30) -> Fetcher:
-    return Fetcher(cache=Cache(folder, max_bytes), retry_seconds=5)
+    return Fetcher(cache=BlockCache(folder, max_bytes), retry_seconds=5)
 
 
 BLOCKS = {"block_starts": np.arange(0, N, 5)}
@@ -356,8 +356,8 @@ def test_a_second_run_reads_nothing_that_the_cache_has(server: cloud.Server, tmp
         server.forget()
         fetcher = cached(tmp_path)
         order = Order(N, run, "blocks", np.arange(0, N, 5), lanes=4, window=12)  # another order each time
-        with reading(dataset, fetcher, order, **BLOCKS) as (reader, demand):
-            assert take(reader, demand) == expected(demand)
+        with reading(dataset, fetcher, order, **BLOCKS) as (reader, stream):
+            assert take(reader, stream) == expected(stream)
         fetched, used = server.counters()["bytes_read"], int(dataset.records["length"].sum())
         assert fetched == 0 if run else used <= fetched <= 1.1 * used  # the second epoch was cached, too
         fetcher.close()
@@ -368,8 +368,8 @@ def test_a_damaged_cache_file_is_fetched_anew(server: cloud.Server, tmp_path: Pa
     dataset = open_dataset(URL)
     for _ in range(2):
         fetcher = cached(tmp_path)
-        with reading(dataset, fetcher, **BLOCKS) as (reader, demand):
-            assert take(reader, demand) == expected(demand)
+        with reading(dataset, fetcher, **BLOCKS) as (reader, stream):
+            assert take(reader, stream) == expected(stream)
         fetcher.close()
         for number, file in enumerate(sorted(tmp_path.iterdir())):
             content = bytearray(file.read_bytes())
@@ -380,9 +380,9 @@ def test_a_damaged_cache_file_is_fetched_anew(server: cloud.Server, tmp_path: Pa
 
 def test_the_cache_stays_within_its_bound(server: cloud.Server, tmp_path: Path) -> None:
     dataset, fetcher = open_dataset(URL), cached(tmp_path, max_bytes=200_000)
-    with reading(dataset, fetcher, **BLOCKS) as (reader, demand):
-        for i in range(len(demand)):
-            take(reader, demand, i, i + 1)
+    with reading(dataset, fetcher, **BLOCKS) as (reader, stream):
+        for i in range(len(stream)):
+            take(reader, stream, i, i + 1)
             with contextlib.suppress(FileNotFoundError):  # renamed while we looked
                 assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 200_000
     assert fetcher.metrics()["data/cache_hit_share"] > 0
@@ -394,7 +394,7 @@ def test_what_a_kill_left_in_the_cache_is_removed_and_not_read(tmp_path: Path) -
     left.write_bytes(b"half")
     os.utime(left, (0, 0))
     (tmp_path / "456-1.partial").write_bytes(b"another process is writing this")
-    Cache(tmp_path, 1 << 20)
+    BlockCache(tmp_path, 1 << 20)
     assert [f.name for f in tmp_path.iterdir()] == ["456-1.partial"]
 
 

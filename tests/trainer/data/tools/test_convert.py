@@ -50,7 +50,7 @@ def records(dataset: Dataset) -> list[tuple[bytes, int]]:
     """Image and label of each record, read by the table."""
     found, framing = [], FORMATS[dataset.manifest.format].FRAMING
     for i, row in enumerate(dataset.records):
-        shard = dataset.objects[int(np.searchsorted(dataset.first, i, side="right")) - 1]
+        shard = dataset.objects[int(np.searchsorted(dataset.shard_starts, i, side="right")) - 1]
         with dataset.store.open(shard.name) as file:
             file.seek(int(row["offset"]))
             data = file.read(int(row["length"]))
@@ -93,7 +93,7 @@ def test_a_folder_is_written_mixed_and_by_its_seed(folder: Path, tmp_path: Path)
 def test_upstream_reads_what_is_written(folder: Path, tmp_path: Path):
     convert(folder, tmp_path / "out")
     source = ArrayRecordDataSource([str(p) for p in sorted((tmp_path / "out").glob("*.array_record"))])
-    found = [example.find(source[i]) for i in range(len(source))]
+    found = [example.find_image(source[i]) for i in range(len(source))]
     images = [source[i][f.start : f.stop] for i, f in enumerate(found)]
     assert [(i, f.label) for i, f in zip(images, found, strict=True)] == records(
         open_dataset(str(tmp_path / "out"))
@@ -252,7 +252,7 @@ def test_an_empty_image_is_refused_with_its_record(kind: str, tmp_path: Path):
     if kind == "array_record":
         writer = ArrayRecordWriter(str(tmp_path / "in.array_record"), array_record.OPTIONS)
         for image in images:
-            writer.write(example.write(image, 0))
+            writer.write(example.serialize(image, 0))
         writer.close()
         (tmp_path / "in").mkdir()
         (tmp_path / "in.array_record").rename(tmp_path / "in" / "a.array_record")

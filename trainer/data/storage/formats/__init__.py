@@ -10,9 +10,9 @@ from typing import cast
 
 from configs.errors import UserError
 from trainer.data.storage.formats import array_record, tfrecord, webdataset
-from trainer.data.storage.formats.entry import Entry, Format, Framing
+from trainer.data.storage.formats.protocol import Format, Framing, ScannedRecord
 
-__all__ = ["FORMATS", "Entry", "Format", "Framing", "detect", "format_of"]
+__all__ = ["FORMATS", "Format", "Framing", "ScannedRecord", "detect_format", "format_of"]
 
 FORMATS: dict[str, Format] = {
     "array_record": cast(Format, array_record),
@@ -33,7 +33,7 @@ def format_of(name: str) -> str | None:
     return "tfrecord" if stem != name and "." not in stem else None
 
 
-def detect(names: Iterable[str]) -> str:
+def detect_format(names: Iterable[str]) -> str:
     """The one format of shards so named; names of other files are passed over.
 
     Raises UserError where there is no shard, a compressed one, or more than one format.

@@ -11,65 +11,67 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from trainer.data.storage.formats import example
-from trainer.data.storage.formats.entry import Entry, Framing
+from trainer.data.storage.formats.protocol import Framing, ScannedRecord
 
 SUFFIXES = (".array_record", ".arrayrecord")
 FRAMING = Framing(1 << 16, 24)
 OPTIONS = "group_size:1,uncompressed"
 _PAYLOAD = FRAMING.period - FRAMING.header
-_CHUNK = struct.Struct("<8xQ8xQQ")  # hashes, which are HighwayHash, are left to upstream's reader
+_CHUNK_HEADER = struct.Struct("<8xQ8xQQ")  # hashes, which are HighwayHash, are left to upstream's reader
 _MAGIC = 0x71930E704FDAE05E
 
 
-def scan(file: BinaryIO) -> Iterator[Entry]:
+def scan(file: BinaryIO) -> Iterator[ScannedRecord]:
     """Positions in here are those of the payload, as if there were no frames, unless called offsets."""
-    at, stop = 0, _unframed(_footer_offset(file))
+    at, stop = 0, _payload_position(_footer_offset(file))
     while at < stop:
-        size, type_and_count, decoded_size = _CHUNK.unpack(_read(file, at, _CHUNK.size))
+        size, type_and_count, decoded_size = _CHUNK_HEADER.unpack(_read(file, at, _CHUNK_HEADER.size))
         kind, num_records = chr(type_and_count & 0xFF), type_and_count >> 8
-        at += _CHUNK.size
+        at += _CHUNK_HEADER.size
         if size > stop - at:
             raise ValueError(
-                f"the chunk at byte {_framed(at):,} has {size:,} bytes by its header: it is damaged"
+                f"the chunk at byte {_file_offset(at):,} has {size:,} bytes by its header: it is damaged"
             )
         if kind == "r":
             chunk = _read(file, at, size)
             if num_records != 1 or chunk[:1] != b"\0":
                 what = f"{num_records} records in a chunk" if num_records != 1 else "compressed records"
-                raise ValueError(f"it has {what} (byte {_framed(at):,}); write it anew with {OPTIONS}")
+                raise ValueError(f"it has {what} (byte {_file_offset(at):,}); write it anew with {OPTIONS}")
             if decoded_size > size:
                 raise ValueError(
-                    f"the chunk at byte {_framed(at):,} is shorter than its record: it is damaged"
+                    f"the chunk at byte {_file_offset(at):,} is shorter than its record: it is damaged"
                 )
             yield _entry(chunk[size - decoded_size :], at + size - decoded_size)
         elif kind not in "smp":  # signature, metadata, padding
-            raise ValueError(f"byte {_framed(at):,} begins no chunk that {OPTIONS} writes; is it damaged?")
+            raise ValueError(
+                f"byte {_file_offset(at):,} begins no chunk that {OPTIONS} writes; is it damaged?"
+            )
         at += size
 
 
-def _entry(record: bytes, at: int) -> Entry:
+def _entry(record: bytes, at: int) -> ScannedRecord:
     try:
-        start, stop, label = example.find(record)
+        start, stop, label = example.find_image(record)
     except ValueError as e:
-        raise ValueError(f"the record at byte {_framed(at):,}: {e}") from None
-    offset = _framed(at + start)
-    return Entry(offset, _framed(at + stop - 1) + 1 - offset, label, record[start:stop])
+        raise ValueError(f"the record at byte {_file_offset(at):,}: {e}") from None
+    offset = _file_offset(at + start)
+    return ScannedRecord(offset, _file_offset(at + stop - 1) + 1 - offset, label, record[start:stop])
 
 
-def _framed(position: int) -> int:
+def _file_offset(position: int) -> int:
     """Offset in the file of a byte of the payload."""
     block, rest = divmod(position, _PAYLOAD)
     return block * FRAMING.period + FRAMING.header + rest
 
 
-def _unframed(offset: int) -> int:
+def _payload_position(offset: int) -> int:
     block, rest = divmod(offset, FRAMING.period)
     return block * _PAYLOAD + max(0, rest - FRAMING.header)
 
 
 def _read(file: BinaryIO, position: int, size: int) -> bytes:
-    offset = _framed(position)
-    length = _framed(position + size - 1) + 1 - offset if size else 0
+    offset = _file_offset(position)
+    length = _file_offset(position + size - 1) + 1 - offset if size else 0
     file.seek(offset)
     data = file.read(length)
     if len(data) < length:
@@ -81,11 +83,11 @@ def _footer_offset(file: BinaryIO) -> int:
     """Where the records end. It stands in the last block, in equal records of the one chunk there."""
     size = file.seek(0, 2)
     if size >= 2 * FRAMING.period and size % FRAMING.period == 0:
-        at = _unframed(size - FRAMING.period)
-        chunk_size, type_and_count, decoded_size = _CHUNK.unpack(_read(file, at, _CHUNK.size))
+        at = _payload_position(size - FRAMING.period)
+        chunk_size, type_and_count, decoded_size = _CHUNK_HEADER.unpack(_read(file, at, _CHUNK_HEADER.size))
         num_records = type_and_count >> 8
         if num_records and decoded_size <= chunk_size < 1024:
-            chunk = _read(file, at + _CHUNK.size, chunk_size)
+            chunk = _read(file, at + _CHUNK_HEADER.size, chunk_size)
             postscript = chunk[chunk_size - decoded_size :][: decoded_size // num_records]
             values = example.varints(postscript)
             if values.get(2) == _MAGIC and values.get(1, size) < size:

@@ -13,7 +13,7 @@ LABEL_KEYS = (b"image/class/label", b"label")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
-class Found(NamedTuple):
+class ImageSpan(NamedTuple):
     """Where an image lies in a serialized Example, in bytes, and its label."""
 
     start: int
@@ -21,19 +21,19 @@ class Found(NamedTuple):
     label: int
 
 
-def find(record: bytes) -> Found:
+def find_image(record: bytes) -> ImageSpan:
     """The image and the label of an Example. Raises ValueError where there is not one of each."""
     spans = dict(_features(record))
-    image, label = _first(spans, IMAGE_KEYS), _first(spans, LABEL_KEYS)
+    image, label = _first_present(spans, IMAGE_KEYS), _first_present(spans, LABEL_KEYS)
     lists = [span for number, _, *span in _fields(record, *image) if number == 1]  # of bytes
     images = [span for a, b in lists for _, _, *span in _fields(record, a, b)]
     if len(images) != 1:
         raise ValueError(f"{IMAGE_KEYS[0].decode()} holds {len(images) or 'no'} images")
     ((start, stop),) = images
-    return Found(start, stop, _integer(record, *label))
+    return ImageSpan(start, stop, _integer(record, *label))
 
 
-def write(image: bytes, label: int, *, text: str | None = None, filename: str | None = None) -> bytes:
+def serialize(image: bytes, label: int, *, text: str | None = None, filename: str | None = None) -> bytes:
     """A serialized Example of one encoded image."""
     features = [
         _feature(b"image/encoded", 1, _field(1, image)),
@@ -60,7 +60,7 @@ def varints(message: bytes) -> dict[int, int]:
     return {n: _read_varint(message, start)[0] for n, wire, start, _ in fields if wire == _VARINT}
 
 
-def _first(spans: dict[bytes, tuple[int, int]], keys: tuple[bytes, ...]) -> tuple[int, int]:
+def _first_present(spans: dict[bytes, tuple[int, int]], keys: tuple[bytes, ...]) -> tuple[int, int]:
     for key in keys:
         if key in spans:
             return spans[key]

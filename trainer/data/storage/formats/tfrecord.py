@@ -11,14 +11,14 @@ from typing import BinaryIO
 import google_crc32c
 
 from trainer.data.storage.formats import example
-from trainer.data.storage.formats.entry import Entry
+from trainer.data.storage.formats.protocol import ScannedRecord
 
 SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec")
 FRAMING = None
 _HEADER = struct.Struct("<QI")
 
 
-def scan(file: BinaryIO) -> Iterator[Entry]:
+def scan(file: BinaryIO) -> Iterator[ScannedRecord]:
     at = 0
     while header := file.read(_HEADER.size):
         if at == 0 and header[:2] == b"\x1f\x8b":
@@ -37,11 +37,11 @@ def scan(file: BinaryIO) -> Iterator[Entry]:
         if masked_crc32c(record) != int.from_bytes(trailer, "little"):
             raise ValueError(f"the record at byte {at:,} does not match its checksum")
         try:
-            found = example.find(record)
+            found = example.find_image(record)
         except ValueError as e:
             raise ValueError(f"the record at byte {at:,}: {e}") from None
         image = record[found.start : found.stop]
-        yield Entry(at + _HEADER.size + found.start, len(image), found.label, image)
+        yield ScannedRecord(at + _HEADER.size + found.start, len(image), found.label, image)
         at += _HEADER.size + length + 4
 
 

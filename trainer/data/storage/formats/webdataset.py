@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import BinaryIO
 
-from trainer.data.storage.formats.entry import Entry
+from trainer.data.storage.formats.protocol import ScannedRecord
 
 SUFFIXES = (".tar",)
 FRAMING = None
 IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
 
 
-def scan(file: BinaryIO) -> Iterator[Entry]:
+def scan(file: BinaryIO) -> Iterator[ScannedRecord]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             files = (m for m in tar if m.isfile() and not m.name.rpartition("/")[2].startswith("."))
@@ -36,13 +36,13 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _sample(file: BinaryIO, key: str, members: list[tarfile.TarInfo]) -> Entry:
+def _sample(file: BinaryIO, key: str, members: list[tarfile.TarInfo]) -> ScannedRecord:
     extensions = [_split(m.name)[1] for m in members]
     images = [m for extension, m in zip(extensions, members, strict=True) if extension in IMAGES]
     if len(images) != 1:
         raise ValueError(f"sample {key!r} has {len(images)} images (it holds {', '.join(extensions)})")
     label = _label(file, key, dict(zip(extensions, members, strict=True)))
-    return Entry(images[0].offset_data, images[0].size, label, _read(file, images[0]))
+    return ScannedRecord(images[0].offset_data, images[0].size, label, _read(file, images[0]))
 
 
 def _label(file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]) -> int:

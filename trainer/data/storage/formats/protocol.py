@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, Protocol
 
 
-class Entry(NamedTuple):
+class ScannedRecord(NamedTuple):
     """One record as a scan finds it."""
 
     offset: int
@@ -40,6 +40,6 @@ class Format(Protocol):
     """Endings of its shards' names, before any -00000-of-01024."""
     FRAMING: Framing | None
 
-    def scan(self, file: BinaryIO) -> Iterator[Entry]:
+    def scan(self, file: BinaryIO) -> Iterator[ScannedRecord]:
         """The records of a shard, in order. Raises ValueError, with the byte, where it is damaged or cut off."""
         ...
