@@ -1,7 +1,8 @@
 """One training, read top to bottom: mesh, data, model, restore, compile, then the loop.
 
-Loop order: step, finite check, save, evaluate, log. Metrics are read METRICS_LAG steps late, so the devices
-always have work queued; all processes read the same numbers at the same step, hence agree on what they do.
+In the loop the order is: step, finite check, save, evaluate, log. Metrics are read METRICS_LAG steps late, so
+the devices always have work queued. All processes read the same numbers at the same step, so all decide the
+same.
 """
 
 import math
@@ -31,13 +32,18 @@ from trainer.state import Network, TrainState, abstract_state, init_state, make_
 from trainer.step import Batch, StepMetrics, make_eval_step, make_train_step
 
 METRICS_LAG = 2
+"""Steps that are queued on the devices before the host reads the metrics of the oldest."""
 REPORT_SECONDS = 0.5
+"""The progress line is renewed at least this often."""
 
 Report = Callable[..., None]
+"""Called with the fields of the progress report that have changed."""
 
 
 class NonFiniteLossError(Exception):
-    """The loss became NaN or infinite. The same steps would do it again, so there is no point in a retry."""
+    """The loss or the gradient became NaN or infinite. It would again at the same step, so a retry is
+    pointless.
+    """
 
     retryable = False
 
@@ -48,16 +54,18 @@ class NonFiniteLossError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended, as it stands in result.json."""
+    """How a training ended, as result.json has it."""
 
     status: str
-    """`completed`, or `stopped` by request after saving."""
+    """`completed`, or `stopped`: saved and ended at somebody's request."""
     step: int
     epoch: float
     metrics: dict[str, float]
+    """The last train and evaluation metrics, under the names that TensorBoard shows."""
     images_per_second: float
+    """Mean over the run, without start-up and evaluation."""
     seconds: dict[str, float]
-    """Wall seconds by activity: start-up phases, data_wait, compute, checkpoint, evaluation."""
+    """Wall seconds by activity: the phases of start-up, data_wait, compute, checkpoint, evaluation."""
 
 
 def train(
@@ -65,14 +73,15 @@ def train(
 ) -> Outcome:
     """Train to `steps` optimizer steps in the run directory, resuming from its newest checkpoint.
 
-    `report(**fields)` is told the phase and progress; `stop_requested()` is asked at each step. Raises
-    NonFiniteLossError, UserError for what the user must mend, and whatever Orbax or the data source raises.
+    `report(**fields)` is called with the phase and the progress; `stop_requested()` is called at each step
+    and says whether this process asks all to stop. Raises NonFiniteLossError, UserError where the user must
+    mend something, and what Orbax or the data source raises.
     """
     return _Training(config, steps, directory, report, stop_requested).run()
 
 
 class _Training:
-    """One training on this process: all is prepared when it is made, then `run` tells the story."""
+    """One training on this process: the constructor prepares everything, then `run` tells the story."""
 
     def __init__(
         self,
@@ -94,10 +103,7 @@ class _Training:
         report(phase="initialising")
         network = Network(config.model)
         schedule = make_schedule(
-            config.schedule,
-            config.optimizer.learning_rate,
-            steps=steps,
-            steps_per_epoch=self.steps_per_epoch,
+            config.schedule, config.optimizer.learning_rate, steps=steps, steps_per_epoch=self.steps_per_epoch
         )
         optimizer = make_optimizer(config.optimizer, schedule, config.train.clip_norm)
         abstract = abstract_state(config, network, optimizer, self.mesh)
@@ -111,12 +117,8 @@ class _Training:
         self.leaves, self._structure = jax.tree.flatten(state)
         self.step = self.start_step
 
-        self.tensorboard = TensorBoard(
-            logdir(directory, config.log.tensorboard), active=jax.process_index() == 0, start=self.start_step
-        )
-        if not self.start_step:
-            self.tensorboard.hyperparameters(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        # Data starts to flow while the step compiles.
+        self.tensorboard = self._open_tensorboard(directory)
+        # The first batches are made while the step compiles.
         self.batches = train_batches(
             config,
             self.train_split,
@@ -129,28 +131,28 @@ class _Training:
         report(phase="compiling", step=self.start_step, start=self.start_step, steps=steps)
         with self.stopwatch.span("compile"):
             train_step = make_train_step(config, network, optimizer, schedule, abstract, self.mesh)
+            self.train_step = _compile(train_step, abstract, config, self.mesh)
             eval_step = make_eval_step(config, network, abstract.eval_weights(), self.mesh)
-            inputs = _abstract_inputs(config, self.mesh)
-            self.train_step = train_step.lower(jax.tree.leaves(abstract), *inputs).compile()
-            self.eval_step = eval_step.lower(jax.tree.leaves(abstract.eval_weights()), *inputs).compile()
-            wait_for_all("compiled")  # before the first collective
+            self.eval_step = _compile(eval_step, abstract.eval_weights(), config, self.mesh)
+            # Some processes compile for longer. A collective would give up on them, this barrier does not.
+            wait_for_all("compiled")
 
         self.in_flight: deque[tuple[int, jax.Array]] = deque()
         self.interval = LogInterval(config.train.batch_size, self.stopwatch)
         self.metrics: dict[str, float] = {}
         self.stopping = False
-        """All processes have agreed to stop."""
+        """Whether all processes have agreed to stop."""
         self._reported_at = 0.0
 
     def run(self) -> Outcome:
-        """Step, finite check, save, evaluate, log; until the last step or an agreed stop."""
+        """Step, finite check, save, evaluate, log; until the last step or until all agree to stop."""
         if (
             self.start_step
             and self.save_schedule.evaluation_due(self.start_step)
             and self.start_step not in self.checkpoints.scores
         ):
-            self.evaluate()  # the attempt before ended between save and evaluation
-        begun = time.perf_counter()
+            self.evaluate()  # the attempt before ended after the save but before its evaluation
+        started = time.perf_counter()
         self.interval.reset()
         while self.step < self.steps and not self.stopping:
             first = self.step == self.start_step
@@ -165,7 +167,8 @@ class _Training:
                 self.read_metrics(max_in_flight=0 if first else METRICS_LAG)
             if first:
                 self.report(phase="training", step=self.step, seconds=dict(self.stopwatch.seconds))
-                begun = time.perf_counter()
+                # The first step has waited for the pipeline to fill; images per second count from here.
+                started = time.perf_counter()
                 self.interval.reset()
             self.checkpoints.poll()
             if self.save_schedule.save_due(self.step) or self.stopping:
@@ -179,7 +182,7 @@ class _Training:
         with self.stopwatch.span("checkpoint"):
             self.checkpoints.close()
         self.tensorboard.close()
-        seconds = time.perf_counter() - begun - self.stopwatch.seconds["evaluation"]
+        seconds = time.perf_counter() - started - self.stopwatch.seconds["evaluation"]
         steps = max(self.step - self.start_step - 1, 0)
         return Outcome(
             status="completed"
@@ -193,14 +196,18 @@ class _Training:
         )
 
     def state(self) -> TrainState:
+        """The train state of the newest step, which may still be running."""
         return jax.tree.unflatten(self._structure, self.leaves)
 
     def read_metrics(self, max_in_flight: int) -> None:
-        """Read metrics until at most `max_in_flight` steps are in flight: the finite check, and what was agreed."""
+        """Read the metrics of the oldest steps until at most `max_in_flight` steps are queued on the devices.
+
+        Raises NonFiniteLossError, and notes what the processes have agreed on.
+        """
         while len(self.in_flight) > max_in_flight:
             step, values = self.in_flight.popleft()
             metrics = StepMetrics(*np.asarray(values).tolist())
-            # An infinite gradient spoils the weights of its step, the loss only of the next.
+            # An infinite gradient damages the weights at once, but shows in the loss only one step later.
             if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
                 self._raise_non_finite(step, metrics)
             self.interval.add(metrics)
@@ -209,7 +216,8 @@ class _Training:
 
     def save(self) -> None:
         with self.stopwatch.span("checkpoint"):
-            self.read_metrics(max_in_flight=0)  # a state behind a loss that is not finite is not kept
+            # Raises if the loss is not finite, so that no damaged state is ever saved.
+            self.read_metrics(max_in_flight=0)
             position = DataPosition(
                 self.step * self.config.train.batch_size, self.config.train.seed, self.train_split.digest
             )
@@ -239,7 +247,9 @@ class _Training:
         self.report(**result.metrics, phase="training")
 
     def log(self) -> None:
-        """TensorBoard each `log.every_steps`; the progress line at least twice a second."""
+        """Write to TensorBoard every `log.every_steps` steps, and renew the progress line at least twice a
+        second.
+        """
         if not len(self.interval):
             return
         epoch = self.step / self.steps_per_epoch
@@ -257,6 +267,13 @@ class _Training:
         elif time.perf_counter() - self._reported_at > REPORT_SECONDS:
             self._reported_at = time.perf_counter()
             self.report(step=self.step, epoch=epoch, **self.interval.summary())
+
+    def _open_tensorboard(self, directory: Path) -> TensorBoard:
+        place = logdir(directory, self.config.log.tensorboard)
+        tensorboard = TensorBoard(place, active=jax.process_index() == 0, start=self.start_step)
+        if not self.start_step:
+            tensorboard.hyperparameters(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+        return tensorboard
 
     def _log_inputs(self, batch: Batch) -> None:
         n = self.config.log.num_images
@@ -287,7 +304,7 @@ class _Training:
 
 
 class _SaveSchedule:
-    """When to save: every n steps, every n minutes by the clock of process 0, at evaluations, at the end."""
+    """When to save: every n steps, every n minutes by the clock of process 0, at evaluations, and at the end."""
 
     def __init__(self, config: RunConfig, steps: int, steps_per_epoch: float):
         self._config = config
@@ -295,7 +312,7 @@ class _SaveSchedule:
         self._eval_interval = (config.train.eval_every_epochs or math.inf) * steps_per_epoch
         self._saved_at = time.monotonic()
         self.save_agreed = False
-        """A process asked for a save, and all have read that."""
+        """Whether a process has asked for a save, and all processes have read that."""
 
     def save_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps
@@ -305,7 +322,7 @@ class _SaveSchedule:
         return step == self._steps or step // self._eval_interval > (step - 1) // self._eval_interval
 
     def requests_save(self) -> bool:
-        """Whether this process asks for a save: only process 0 does, since clocks differ."""
+        """Whether this process asks for a save. Only process 0 does, because the clocks of the hosts differ."""
         minutes = self._config.checkpoint.every_minutes
         elapsed = time.monotonic() - self._saved_at
         return minutes is not None and jax.process_index() == 0 and elapsed > 60 * minutes
@@ -318,10 +335,11 @@ class _SaveSchedule:
 def _request_maker(
     mesh: Mesh, save_requested: Callable[[], bool], stop_requested: Callable[[], bool]
 ) -> Callable[[], jax.Array]:
-    """What this process asks of all, as the (devices, 2) input of a step: [save, stop]."""
+    """A function that gives what this process asks of all, as the (devices, 2) input of a step: [save, stop]."""
     sharding = per_device_sharding(mesh)
 
-    @cache  # nearly always the same array: nothing is sent to the devices for it
+    # The array is nearly always the same one. Cached, it is not sent to the devices anew for each step.
+    @cache
     def array(save: bool, stop: bool) -> jax.Array:
         return jax.make_array_from_callback(
             (mesh.size, 2), sharding, lambda index: np.array([[save, stop]], np.float32)
@@ -330,8 +348,10 @@ def _request_maker(
     return lambda: array(save_requested(), stop_requested())
 
 
-def _abstract_inputs(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
-    """A step's inputs after the leaves: batch and requests."""
+def _compile(step: jax.stages.Wrapped, state: Any, config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
+    """Compile a step for the shapes of its inputs: the leaves of `state`, which is abstract, a batch, and the
+    requests.
+    """
     size, pixels = config.train.batch_size, config.data.image_size
 
     def abstract(shape: tuple[int, ...], dtype: type, sharding: NamedSharding) -> Any:
@@ -341,4 +361,5 @@ def _abstract_inputs(config: RunConfig, mesh: Mesh) -> tuple[Any, ...]:
         images=abstract((size, pixels, pixels, 3), np.uint8, batch_sharding(mesh)),
         labels=abstract((size,), np.int32, batch_sharding(mesh)),
     )
-    return batch, abstract((mesh.size, 2), np.float32, per_device_sharding(mesh))
+    requests = abstract((mesh.size, 2), np.float32, per_device_sharding(mesh))
+    return step.lower(jax.tree.leaves(state), batch, requests).compile()

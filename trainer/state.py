@@ -1,7 +1,7 @@
-"""TrainState: all that a step reads and writes, and all that a checkpoint holds.
+"""TrainState: all that a train step reads and writes, and all that a checkpoint holds.
 
-Weights are flat dicts from a dotted name ("stages.0.1.convs.0.kernel") to an array, so checkpoints
-do not depend on how a network nests its modules.
+Weights are flat dicts from a dotted name ("stages.0.1.convs.0.kernel") to an array, so checkpoints do not
+depend on how a network nests its modules.
 """
 
 from dataclasses import dataclass
@@ -23,20 +23,22 @@ Weights = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
+    """Everything that changes from step to step, as a pytree of arrays."""
+
     step: jax.Array
-    """Steps taken, int32 scalar."""
+    """Number of steps taken, int32 scalar."""
     key: jax.Array
-    """Root of all randomness, uint32 (2,); a step folds its number in."""
+    """The root of all randomness on the devices, uint32 (2,). Each step folds its own number into it."""
     params: Weights
     """Trainable weights, float32."""
     batch_stats: Weights
     """Running mean and variance of each batch norm, float32."""
     opt_state: optax.OptState
     ema: Weights | None
-    """Moving average of params and batch_stats together, or None where it is not asked for."""
+    """Moving average of params and batch_stats together, or None where the recipe has no `train.ema_decay`."""
 
     def eval_weights(self) -> Weights:
-        """The weights that evaluation uses: the moving average where there is one."""
+        """The weights to evaluate: the moving average if there is one, else params and batch_stats."""
         return self.ema if self.ema is not None else {**self.params, **self.batch_stats}
 
 
@@ -51,18 +53,23 @@ class Network:
         self._names = [list(_by_dotted_name(params)), list(_by_dotted_name(batch_stats))]
 
     def init(self, key: jax.Array) -> tuple[Weights, Weights]:
-        """Fresh (params, batch_stats)."""
+        """Fresh (params, batch_stats) for a PRNG key, all float32."""
         model = models.build(self._config, nnx.Rngs(key))
         _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
         return _by_dotted_name(params), _by_dotted_name(batch_stats)
 
     def apply(self, weights: Weights, images: jax.Array, *, train: bool) -> tuple[jax.Array, Weights]:
-        """Logits (batch, num_classes) float32 of images (batch, height, width, 3), and new batch_stats."""
+        """Run the network on images (batch, height, width, 3), float.
+
+        Returns logits (batch, num_classes) float32, and the batch_stats after this batch. With `train` the
+        batch itself is what batch norm normalises by, otherwise the running statistics are.
+        """
         states = [
             jax.tree.unflatten(structure, [weights[name] for name in names])
             for structure, names in zip(self._structures, self._names, strict=True)
         ]
-        # copy: the statistics are written inside value_and_grad, at another trace level than they came from.
+        # With a copy, because value_and_grad runs this at an inner trace level, and nnx forbids a write there
+        # to variables that were made outside.
         model = nnx.merge(self._graph, *states, copy=True)
         logits = model(images, train=train)
         return logits, _by_dotted_name(nnx.state(model, nnx.BatchStat))
@@ -79,13 +86,13 @@ def _by_dotted_name(state: nnx.State) -> Weights:
 def make_schedule(
     schedule: ScheduleConfig, peak: float, *, steps: int, steps_per_epoch: float
 ) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then cosine, linear or constant to `steps`."""
+    """Learning rate by step: linear warm-up from 0 to `peak`, then cosine, linear or constant until `steps`."""
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     final = peak * schedule.final_fraction
-    rest = max(steps - warmup, 1)
+    decay_steps = max(steps - warmup, 1)
     after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=schedule.final_fraction),
-        "linear": optax.linear_schedule(peak, final, rest),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=schedule.final_fraction),
+        "linear": optax.linear_schedule(peak, final, decay_steps),
         "constant": optax.constant_schedule(peak),
     }[schedule.name]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
@@ -94,7 +101,11 @@ def make_schedule(
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, clip_norm: float | None
 ) -> optax.GradientTransformation:
-    """SGD or AdamW; weight decay on kernels only, never on batch norm or biases."""
+    """SGD (with Nesterov momentum if asked) or AdamW, after clipping the gradient to the norm `clip_norm`.
+
+    Weight decay is applied to kernels, and not to batch norm or biases (He et al. 2019, arXiv:1812.01187,
+    3.1).
+    """
 
     def kernels(params: Weights) -> dict[str, bool]:
         return {name: p.ndim > 1 for name, p in params.items()}
@@ -117,7 +128,7 @@ def make_optimizer(
 def abstract_state(
     config: RunConfig, network: Network, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shape, dtype and sharding on `mesh` of every leaf of a train state."""
+    """A TrainState of jax.ShapeDtypeStruct: the shape, dtype and sharding on `mesh` of every leaf."""
     shapes = jax.eval_shape(lambda: _build_state(config, network, optimizer))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_sharding(mesh, leaf)),
@@ -128,9 +139,11 @@ def abstract_state(
 def init_state(
     config: RunConfig, network: Network, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """A fresh train state, each device making only its own shards."""
+    """A fresh train state with the shardings of `abstract`. Each device makes its own shards and nothing
+    more.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    # It runs once: on the CPU, compiling it well takes several times as long as running it badly.
+    # This program runs once. On the CPU, optimising it takes several times as long as running it unoptimised.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     fresh = jax.jit(
         lambda: _build_state(config, network, optimizer), out_shardings=shardings, compiler_options=options
@@ -147,10 +160,10 @@ def _build_state(config: RunConfig, network: Network, optimizer: optax.GradientT
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        # + 0: the average must not share buffers with weights that are donated.
         ema=None if config.train.ema_decay is None else jax.tree.map(_copy, {**params, **batch_stats}),
     )
 
 
 def _copy(x: Any) -> Any:
+    # The average needs buffers of its own, because the first step donates those of the weights.
     return x + 0

@@ -1,9 +1,9 @@
-"""Event files to gs://: written to a local folder, uploaded by a thread in bounded pieces.
+"""TensorBoard's event files to gs://: written to a local folder, uploaded by a thread in bounded pieces.
 
-An object cannot be appended to, and tensorboardX's own gs:// writer sends the whole file again at each
-flush. Here a file goes up as numbered objects: the newest is sent again as it grows until it holds
-PIECE_BYTES, then the next begins. TensorBoard reads the event files of a folder one after another, in
-the order of their names, so the pieces show as one run.
+An object cannot be appended to, and tensorboardX's own gs:// writer sends the whole file again at each flush.
+Here a file goes up as numbered objects: the newest is sent again as it grows until it holds PIECE_BYTES, then
+the next begins. TensorBoard reads the event files of a folder in the order of their names, so the pieces show
+as one run.
 """
 
 import logging
@@ -23,14 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 class Uploader:
-    """Mirrors the event files of `folder` to `destination` (gs://bucket/prefix) until closed."""
+    """Mirrors the event files of `folder` to `destination` (gs://bucket/prefix) until it is closed.
+
+    Raises UserError where the address names no bucket or there are no Google credentials.
+    """
 
     def __init__(
-        self,
-        destination: str,
-        *,
-        piece_bytes: int = PIECE_BYTES,
-        interval_seconds: float = INTERVAL_SECONDS,
+        self, destination: str, *, piece_bytes: int = PIECE_BYTES, interval_seconds: float = INTERVAL_SECONDS
     ):
         where = f"log.tensorboard = {destination}"
         bucket, self._prefix = google.bucket_and_prefix(destination)
@@ -46,7 +45,7 @@ class Uploader:
         self._thread.start()
 
     def close(self) -> None:
-        """Send what is left, then remove the local copy."""
+        """Upload the last records, then remove the local folder."""
         self._closing.set()
         self._thread.join()
         self._try_send()
@@ -57,21 +56,23 @@ class Uploader:
             self._try_send()
 
     def _try_send(self) -> None:
-        # A bucket that cannot be reached costs the picture, not the training; the next round tries again.
+        # Training goes on while a bucket cannot be reached. The next round sends the same records again.
         try:
             self.send()
         except (GoogleAPIError, GoogleAuthError, OSError) as e:
             _log.warning("TensorBoard events not uploaded to gs://%s: %s", self._bucket.name, e)
 
     def send(self) -> None:
-        """Upload the records written since the last call."""
+        """Upload the records that were written since the last call. Raises the errors of Google's client."""
         for file in sorted(self.folder.iterdir()):
             state = self._states.setdefault(file, _UploadState())
             while self._send_piece(file, state):
                 pass
 
     def _send_piece(self, file: Path, state: "_UploadState") -> bool:
-        """Send the newest piece if it has grown. True if it is full, and the next may be due."""
+        """Send the newest piece of a file if it has grown. Returns True if it is full, so that the next may
+        be due.
+        """
         with file.open("rb") as f:
             f.seek(state.piece_start)
             content = f.read()
@@ -88,7 +89,11 @@ class Uploader:
 
 
 def whole_records(content: bytes, limit: int) -> int:
-    """Bytes of the leading whole TFRecords (length u64, crc u32, data, crc u32) within `limit`, at least one."""
+    """Length in bytes of the complete TFRecords at the start of `content`, up to `limit` bytes but at least
+    one record.
+
+    A record is a length (uint64), a crc (uint32), the data, and a crc of the data (uint32).
+    """
     end = 0
     while end + 12 <= len(content):
         (length,) = struct.unpack_from("<Q", content, end)
@@ -100,8 +105,10 @@ def whole_records(content: bytes, limit: int) -> int:
 
 
 class _UploadState:
-    """How far one file has been uploaded."""
+    """How much of one file has been uploaded."""
 
     piece = 0
+    """Number of the newest piece."""
     piece_start = 0
+    """Where the newest piece begins, in bytes of the file."""
     uploaded_bytes = 0

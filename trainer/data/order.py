@@ -148,7 +148,9 @@ def train_order(config: RunConfig, num_examples: int, block_starts: np.ndarray |
 
 
 def eval_order(config: RunConfig, num_examples: int, block_starts: np.ndarray | None) -> Order:
-    """The order of evaluation: as stored, from as many places at once as training, so that hosts share no block."""
+    """The order of evaluation: as stored, from as many places at once as training, so that hosts share no
+    block.
+    """
     lanes = choose_num_lanes(config.train.batch_size, config.data.lanes) if block_starts is not None else 1
     return Order(num_examples, 0, "none", lanes=lanes, window=_mean_block_size(num_examples, block_starts))
 

@@ -36,9 +36,9 @@ def train_image(
 ) -> np.ndarray:
     """Decode an image for training: a random crop, resized, then RandAugment where the recipe asks for it.
 
-    Returns (image_size, image_size, 3) uint8. The random draws depend on the seed and on the sample's position in
-    the run, so every host makes the same image of it. Raises ValueError with the reason where the bytes do not
-    decode.
+    Returns (image_size, image_size, 3) uint8. The random draws depend on the seed and on the sample's
+    position in the run, so every host makes the same image of it. Raises ValueError with the reason where the
+    bytes do not decode.
     """
     rng = sample_rng(seed, position)
     pixels, box = _decode_random_crop(bytes_view(encoded), rng, augment, data.image_size)
@@ -56,15 +56,17 @@ def eval_image(encoded: Encoded, *, data: DataConfig) -> np.ndarray:
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The random generator of one sample: Philox with the key (seed, position), so no two samples share a stream."""
+    """The random generator of one sample: Philox with the key (seed, position), so no two samples share a
+    stream.
+    """
     return np.random.Generator(np.random.Philox(key=[seed, position]))
 
 
 def random_crop_box(height: int, width: int, rng: np.random.Generator, augment: AugmentConfig) -> Box:
     """Draw a crop of an image as torchvision's RandomResizedCrop does (Szegedy et al. 2014).
 
-    The area is uniform within `augment.crop_scale`, the aspect ratio log-uniform. Where ten boxes in turn do not
-    fit into the image, the largest central box of an allowed ratio is taken.
+    The area is uniform within `augment.crop_scale`, the aspect ratio log-uniform. Where ten boxes in turn do
+    not fit into the image, the largest central box of an allowed ratio is taken.
     """
     smallest, largest = augment.crop_scale
     low, high = CROP_ASPECT_RATIO
@@ -84,10 +86,11 @@ def random_crop_box(height: int, width: int, rng: np.random.Generator, augment: 
 
 
 def center_crop(image: np.ndarray, resize: int, size: int) -> np.ndarray:
-    """Bring the short side of (height, width, 3) uint8 to `resize` pixels, antialiased, and cut out the centre.
+    """Bring the short side of (height, width, 3) uint8 to `resize` pixels, antialiased, and cut out the
+    centre.
 
-    Returns (size, size, 3) uint8, equal to torchvision's Resize and CenterCrop of a PIL image. Only the pixels
-    within the crop are computed.
+    Returns (size, size, 3) uint8, equal to torchvision's Resize and CenterCrop of a PIL image. Only the
+    pixels within the crop are computed.
     """
     sides = image.shape[:2]
     resized = [resize if side == min(sides) else int(resize * side / min(sides)) for side in sides]

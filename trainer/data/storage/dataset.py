@@ -3,7 +3,8 @@
     manifest.json        shards with size and checksum, class names, format; published last
     records.npy          a row a record, in the order of the shards: offset, length, crc32c, label
 
-Both are written by `launch data convert` or `launch data index`, beside the shards or, with `base`, elsewhere.
+Both are written by `launch data convert` or `launch data index`, beside the shards or, with `base`,
+elsewhere.
 """
 
 import hashlib

@@ -124,7 +124,8 @@ class Reader:
     def record(self, position: int) -> Iterator[tuple[int, np.ndarray]]:
         """The record at a position of the order, each asked for once: its index, and the image as it came.
 
-        The image is (bytes,) uint8, encoded and unchecked, valid within the block. Raises what fetching raises.
+        The image is (bytes,) uint8, encoded and unchecked, valid within the block. Raises what fetching
+        raises.
         """
         key, slot = self._stream.order.locate(position)
         window = self._window(key, position)

@@ -209,12 +209,7 @@ class Bucket:
                 timeout=google.READ_SECONDS,
             )
             return [
-                Object(
-                    b.name.removeprefix(self._prefix),
-                    b.size,
-                    b.generation,
-                    google.crc32c(b),
-                )
+                Object(b.name.removeprefix(self._prefix), b.size, b.generation, google.crc32c(b))
                 for b in blobs
                 if b.name != self._prefix
             ]

@@ -1,8 +1,8 @@
 """ArrayRecord files of tf.train.Example: what `launch data convert` writes, and upstream Grain reads.
 
-A Riegeli file (https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md): chunks, with
-24 bytes of header before each 64 KiB block, here called frames. With group_size:1,uncompressed a chunk holds
-one record as it is. The last 64 KiB are ArrayRecord's postscript, which says where the records end
+A Riegeli file (https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md): chunks,
+with 24 bytes of header before each 64 KiB block, here called frames. With group_size:1,uncompressed a chunk
+holds one record as it is. The last 64 KiB are ArrayRecord's postscript, which says where the records end
 (https://github.com/google/array_record/blob/main/cpp/layout.proto).
 """
 
