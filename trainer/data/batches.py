@@ -1,7 +1,7 @@
-"""The Grain graph: from positions of the order to batches that lie sharded on the devices.
+"""The Grain graph: from positions in the order of samples to batches that are sharded over the devices.
 
-Each process reads just the rows of the global batch that its own devices hold, so that the batch is
-the same array whatever the number of processes.
+Each process reads only those rows of the global batch that its own devices hold, so the global batch is the
+same array whatever the number of processes.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from trainer.step import Batch
 
 
 class Batches(Iterator[Batch]):
-    """Global batches on the devices, made ahead of their use by threads. To be closed."""
+    """Global batches on the devices, made ahead of their use by threads. Close it to end the threads."""
 
     def __init__(self, config: RunConfig, samples: Samples, rows: np.ndarray, sharding: NamedSharding):
         self._samples = samples
@@ -45,7 +45,8 @@ class Batches(Iterator[Batch]):
             num_threads=config.data.read_threads,
             prefetch_buffer_size=ready * len(rows) if config.data.read_threads else 0,
         )
-        # The read buffer counts elements, so batches are made after it.
+        # Grain's read buffer counts elements, of which each is a sample up to here. So batches are made after
+        # it.
         dataset = grain.MapDataset.source(samples).to_iter_dataset(read).batch(len(rows)).map(to_devices)
         self._iterator = iter(ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=ready))
         self._iterator.start_prefetch()
@@ -56,18 +57,19 @@ class Batches(Iterator[Batch]):
         return batch
 
     def metrics(self) -> dict[str, float]:
-        """How the input does, for the log."""
+        """Figures on the input, for the log, by TensorBoard's names."""
         return {"data/ready_batches": self._made - self._used, **self._samples.metrics()}
 
     def close(self) -> None:
-        self._samples.close()  # first: who waits for bytes would wait on
+        # The samples first: a thread that waits for bytes would keep the iterator from closing.
+        self._samples.close()
         self._iterator.close()
 
 
 def train_batches(
     config: RunConfig, split: Split, sharding: NamedSharding, *, position: int, steps: int
 ) -> Batches:
-    """`steps` training batches from `position` on, shuffled anew each epoch."""
+    """`steps` training batches from `position` in the order on, shuffled anew in each epoch."""
     size = config.train.batch_size
     rows = local_row_indices(sharding, size)
     order = train_order(config, len(split), split.block_starts)
@@ -76,7 +78,7 @@ def train_batches(
 
 
 def eval_batches(config: RunConfig, split: Split, sharding: NamedSharding) -> Batches:
-    """The whole split once; the last batch is filled up with label -1."""
+    """The whole split once. The last batch is filled up with rows of label -1."""
     size = config.train.batch_size
     rows = local_row_indices(sharding, size)
     order = eval_order(config, len(split), split.block_starts)
@@ -86,7 +88,7 @@ def eval_batches(config: RunConfig, split: Split, sharding: NamedSharding) -> Ba
 
 
 def local_row_indices(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Rows of a global batch that this process's devices hold, ascending."""
+    """The rows of a global batch that this process's devices hold: (rows,) int64, ascending."""
     slices = {
         index[0].indices(batch_size)[:2]
         for index in sharding.addressable_devices_indices_map((batch_size,)).values()

@@ -1,1 +1,1 @@
-"""From an encoded image to a uint8 array of the network's size, on the host."""
+"""From the bytes of an encoded image to pixels of the network's size, on the host."""

@@ -1,4 +1,5 @@
-"""RandAugment (Cubuk et al. 2019) on the host: a few operations drawn from fourteen, all of one strength.
+"""RandAugment (Cubuk et al. 2019, arXiv:1909.13719) on the host: a few operations drawn from fourteen, of one
+strength.
 
 Operations, ranges and rounding are those of torchvision.transforms.RandAugment, which fills with black.
 """
@@ -12,17 +13,18 @@ from PIL import Image, ImageEnhance, ImageOps
 from configs.schema import AugmentConfig
 
 BINS = 31
-"""Magnitudes 0 to 30."""
+"""Number of magnitudes: 0 to 30."""
 
 Operation = Callable[[Image.Image, float], Image.Image]
+"""Takes an RGB image and a strength, 0 to 1 or -1 to 1, and returns an image of the same size."""
 
 
 def _affine(image: Image.Image, *coefficients: float) -> Image.Image:
-    """The pixel at (x, y) comes from (ax + by + c, dx + ey + f); the nearest one."""
+    """Move pixels: the one at (x, y) comes from (ax + by + c, dx + ey + f), from the nearest pixel there."""
     return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST)
 
 
-# Each takes a strength from 0 to 1; the first group's is negative half of the time.
+# Half of the time the strength of these is negative.
 SIGNED: dict[str, Operation] = {
     "shear_x": lambda image, s: _affine(image, 1, 0.3 * s, 0, 0, 1, 0),
     "shear_y": lambda image, s: _affine(image, 1, 0, 0, 0.3 * s, 1, 0),
@@ -44,13 +46,16 @@ UNSIGNED: dict[str, Operation] = {
 _NAMES = [*SIGNED, *UNSIGNED]
 
 
-def randaugment(image: np.ndarray, draw: np.random.Generator, augment: AugmentConfig) -> np.ndarray:
-    """(height, width, 3) uint8 after operations of `augment.randaugment`, drawn with replacement."""
+def randaugment(image: np.ndarray, rng: np.random.Generator, augment: AugmentConfig) -> np.ndarray:
+    """Apply operations to (height, width, 3) uint8; returns the same shape.
+
+    `augment.randaugment` is the number of operations, drawn with replacement, and their magnitude.
+    """
     num_ops, magnitude = augment.randaugment
     strength = magnitude / (BINS - 1)
     changed = Image.fromarray(image)
-    for which, sign in draw.random((num_ops, 2)).tolist():
-        name = _NAMES[int(which * len(_NAMES))]
+    for choice, sign in rng.random((num_ops, 2)).tolist():
+        name = _NAMES[int(choice * len(_NAMES))]
         if name in SIGNED:
             changed = SIGNED[name](changed, strength if sign < 0.5 else -strength)
         else:

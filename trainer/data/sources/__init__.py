@@ -1,1 +1,1 @@
-"""Where images come from: a module for each value of `data.source`."""
+"""The data sources: one module for each value of `data.source`."""

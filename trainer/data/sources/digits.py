@@ -1,7 +1,7 @@
-"""scikit-learn's handwritten digits: 1,797 real images of 8×8, written once as ArrayRecord.
+"""scikit-learn's handwritten digits: 1,797 real images of 8×8 pixels, written once as ArrayRecord.
 
-Alpaydin & Kaynak 1998, https://archive.ics.uci.edu/dataset/80. A record is one byte of label and 64 bytes
-of pixels. The folder is published by a rename, so several processes may write it at once.
+Alpaydin & Kaynak 1998, https://archive.ics.uci.edu/dataset/80. A record is one byte of label and 64 bytes of
+pixels. The folder is published by a rename, so several processes may write it at once.
 """
 
 import hashlib
@@ -18,9 +18,11 @@ from configs.schema import DATASETS, RunConfig
 from trainer.data.split import InMemorySplit, Split
 
 SIZE = 8
+"""Height and width of an image in pixels."""
 
 
 def open_splits(config: RunConfig) -> tuple[Split, Split]:
+    """The training and the held-out digits; the first call on a machine writes them to the cache folder."""
     folder = cache_folder() / "digits-v1"
     if not folder.is_dir():
         write(folder)
@@ -29,7 +31,7 @@ def open_splits(config: RunConfig) -> tuple[Split, Split]:
 
 
 def read(file: Path, image_size: int) -> InMemorySplit:
-    """One split. Images are repeated to `image_size`, a multiple of 8."""
+    """Read one split. Images are scaled to `image_size`, a multiple of 8, by repeating pixels."""
     source = ArrayRecordDataSource([str(file)])
     records = np.stack([np.frombuffer(source[i], np.uint8) for i in range(len(source))])
     scale = image_size // SIZE
@@ -40,13 +42,14 @@ def read(file: Path, image_size: int) -> InMemorySplit:
 
 
 def write(folder: Path) -> None:
-    """Write train.array_record and eval.array_record to `folder`, which appears whole or not at all."""
-    from sklearn.datasets import load_digits  # 1.5 s to import, needed once a machine
+    """Write train.array_record and eval.array_record to `folder`, which appears complete or not at all."""
+    from sklearn.datasets import load_digits  # takes 1.5 s to import, and is needed once a machine
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     labels = digits.target.astype(np.uint8)
-    # Neighbours in the file share a writer; a fixed permutation spreads them over both splits.
+    # Neighbours in the file were written by the same person; a fixed permutation puts each person in both
+    # splits.
     order = np.random.default_rng(0).permutation(len(labels))
     num_train = DATASETS["digits"].num_train
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,5 +63,5 @@ def write(folder: Path) -> None:
         partial.rename(folder)
     except OSError:
         shutil.rmtree(partial)
-        if not folder.is_dir():  # else another process was first
+        if not folder.is_dir():  # otherwise another process has published it first
             raise

@@ -1,6 +1,7 @@
-"""The source `records`: encoded images in shards, in a folder or under gs://, read by their table.
+"""The source `records`: encoded images in shards, in a folder or under gs://.
 
-Opening checks what can be checked before the first step; a sample is its bytes, checked, decoded and cropped.
+Opening checks all that can be checked before the first step. A sample is read as bytes, verified, decoded,
+cropped.
 """
 
 import logging
@@ -21,11 +22,16 @@ from trainer.data.storage.reader import DamagedRecordError, Reader
 
 _log = logging.getLogger(__name__)
 EVAL_MEMORY_SHARE = 0.25
-"""Of the memory budget; training holds its part while it waits for an evaluation."""
+"""Evaluation gets this share of `data.memory_mib`. Training keeps its own part while an evaluation runs."""
 WINDOW_MEMORY_FACTOR = 1.25
+"""The windows in use take up to this much more than the mean size of a record suggests."""
 
 
 def open_splits(config: RunConfig) -> tuple["RecordsSplit", "RecordsSplit"]:
+    """Open both splits, with one pool of connections and one cache.
+
+    Raises UserError where the data is not as the recipe says.
+    """
     train, held_out = open_datasets(config)
     size = sum(obj.size for obj in train.objects)
     if config.data.cache is not None and train.store.is_remote and size > config.data.cache_gib * 2**30:
@@ -38,9 +44,10 @@ def open_splits(config: RunConfig) -> tuple["RecordsSplit", "RecordsSplit"]:
 
 
 def open_datasets(config: RunConfig) -> tuple[Dataset, Dataset]:
-    """Both splits, checked against each other and the recipe. Raises UserError."""
+    """Open both datasets and check them against each other and against the recipe. Raises UserError."""
     train, held_out = config.data.train.path, config.data.eval.path
-    assert train is not None  # DataConfig saw to both
+    # DataConfig refuses a recipe of this source without them.
+    assert train is not None
     assert held_out is not None
     datasets = _open_checked(config, "train", train), _open_checked(config, "eval", held_out)
     _check_classes(*datasets)
@@ -92,7 +99,7 @@ def _cache(data: DataConfig) -> BlockCache | None:
 
 
 class RecordsSplit:
-    """One split."""
+    """One split of the source."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, fetcher: Fetcher):
         self._config, self._dataset, self._fetcher = config, dataset, fetcher
@@ -103,6 +110,10 @@ class RecordsSplit:
         return len(self._dataset)
 
     def samples(self, stream: ProcessStream, *, train: bool) -> "RecordSamples":
+        """Start to read the samples of `stream`.
+
+        Raises UserError where `data.memory_mib` is too little for its windows.
+        """
         budget = (
             self._config.data.memory_mib * 2**20 * (1 - EVAL_MEMORY_SHARE if train else EVAL_MEMORY_SHARE)
         )
@@ -127,7 +138,7 @@ class RecordsSplit:
         return RecordSamples(config, self._dataset, stream, reader, decode)
 
     def _check_budget(self, stream: ProcessStream, budget: float) -> None:
-        """A window of each lane that this process reads is in memory at once."""
+        """Raise UserError where memory does not hold one window of each lane that this process reads."""
         order = stream.order
         windows = len(np.unique(stream.rows * order.lanes // stream.batch_size)) * order.window
         mean_bytes = float(self._dataset.records["length"].mean())
@@ -143,7 +154,7 @@ class RecordsSplit:
 
 
 class RecordSamples:
-    """The samples of one process, with what `data.on_bad_record` says for those that cannot be had."""
+    """The samples of one process. A record that cannot be read is treated as `data.on_bad_record` says."""
 
     def __init__(
         self,
@@ -177,7 +188,7 @@ class RecordSamples:
         return Sample(self._decode(encoded, position), self._dataset.records["label"][index].astype(np.int32))
 
     def _substitute(self, bad: int, position: int, error: Exception) -> Sample:
-        """What stands in for record `bad`, which the dataset alone decides, not the host that reads it."""
+        """The sample that replaces record `bad`. The dataset alone decides which one, so all hosts take the same."""
         self._report_bad(bad, error)
         if self._data.on_bad_record == "mask":
             return padding_sample(self._data.image_size)
@@ -190,6 +201,7 @@ class RecordSamples:
         raise UserError(f"{self._dataset.store.url}: none of its records can be read")
 
     def _report_bad(self, bad: int, error: Exception) -> None:
+        """Warn of a bad record, or raise UserError where the recipe allows none or no more."""
         what = f"{self._dataset.describe(bad)}: {error}"
         if self._data.on_bad_record == "raise":
             raise UserError(f"{what}; restore it, or set data.on_bad_record to substitute or mask") from None

@@ -1,4 +1,4 @@
-"""Noise with labels, for benchmarks: reading costs nothing, so what is left is the loop's own time."""
+"""Noise with labels, for benchmarks: reading costs nothing, so a measurement shows the time of the loop itself."""
 
 import numpy as np
 
@@ -6,10 +6,11 @@ from configs.schema import RunConfig, num_examples
 from trainer.data.split import InMemorySplit, Split
 
 DISTINCT = 64
+"""Number of distinct samples of a split, which repeat."""
 
 
 def open_splits(config: RunConfig) -> tuple[Split, Split]:
-    """Splits of the configured lengths that cycle through 64 samples each."""
+    """Splits of the configured lengths, each of 64 samples that repeat."""
     num_train, num_eval = num_examples(config.data)
     return _noise(config, num_train, seed=0), _noise(config, num_eval, seed=1)
 

@@ -1,7 +1,8 @@
-"""What was read from a bucket, kept on a local disk for later epochs and runs: a file a block.
+"""Blocks that were read from a bucket, kept on a local disk for later epochs and runs: one file a block.
 
-A file appears whole, by a rename, and is named by all that decides its content, so processes share a folder
-without locks and a kill leaves nothing to mend. What it holds is checked record by record as it is used.
+A file appears complete, by a rename, and its name depends on all that decides its content. So processes share
+a folder without locks, and a killed process leaves nothing that needs repair. The reader verifies each record
+that it uses.
 """
 
 import contextlib
@@ -19,14 +20,16 @@ from trainer.data.storage.request import RangeRequest
 _log = logging.getLogger(__name__)
 PARTIAL = ".partial"
 STALE_PARTIAL_SECONDS = 3600
+"""A partial file that is older was left by a process that no longer runs."""
 RESCAN_SHARE = 1 / 32
-"""Of the bound: so much is written before what other processes have written is counted again."""
+"""Other processes' files are counted again after this share of `max_bytes` has been written."""
 
 
 class BlockCache:
-    """Payloads of blocks in `folder`, up to `max_bytes`; what was used longest ago goes first.
+    """The payloads of blocks in `folder`, up to `max_bytes`. The block that was not used for longest is
+    removed first.
 
-    Raises OSError where the folder cannot be made or read.
+    Raises OSError where the folder cannot be created or read.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -35,30 +38,31 @@ class BlockCache:
         self._num_written = 0
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob(f"*{PARTIAL}"):
-            with contextlib.suppress(FileNotFoundError):  # another process may be first
+            with contextlib.suppress(FileNotFoundError):  # another process may remove it first
                 if time.time() - file.stat().st_mtime > STALE_PARTIAL_SECONDS:
                     file.unlink()
         self._total = self._written = self._writing = 0
         self._evict()
 
     def contains(self, block: RangeRequest) -> bool:
+        """Whether the block is there, complete."""
         try:
             return self._file(block).stat().st_size == block.payload_bytes()
         except FileNotFoundError:
             return False
 
     def read(self, part: RangeRequest) -> np.ndarray | None:
-        """The payload of a part of a block, or None where it cannot be had."""
+        """The payload of a part of a block, uint8 (bytes,), or None where the file is missing or cannot be read."""
         block = part.whole_block()
         try:
             with self._file(block).open("rb") as f:
-                os.utime(f.fileno())
+                os.utime(f.fileno())  # the time of the last use, by which blocks are removed
                 return np.fromfile(f, np.uint8, part.payload_bytes(), offset=part.payload_offset_in(block))
         except OSError:
             return None
 
     def write(self, block: RangeRequest, payload: np.ndarray) -> None:
-        """Write a block. A disk that is full or broken costs the file, not the run."""
+        """Write a block. If the disk is full or broken, only this file is lost, and a warning says so."""
         size = len(payload)
         with self._lock:
             self._num_written += 1
@@ -81,7 +85,7 @@ class BlockCache:
                 self._written += size
 
     def delete(self, block: RangeRequest) -> None:
-        """Drop a block that turned out damaged."""
+        """Remove a block that has turned out to be damaged."""
         self._file(block).unlink(missing_ok=True)
 
     def _file(self, block: RangeRequest) -> Path:
@@ -91,11 +95,11 @@ class BlockCache:
         return self._folder / hashlib.sha256(identity.encode()).hexdigest()[:40]
 
     def _evict(self) -> None:
-        """Count what is there, of all processes, and drop what was used longest ago."""
+        """Count the files of all processes, and remove those that were not used for longest."""
         files = []
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # another process may have been first
+                with contextlib.suppress(FileNotFoundError):  # another process may have removed it
                     stat = entry.stat()
                     files.append((stat.st_mtime, stat.st_size, entry.path))
         self._total, self._written = sum(size for _, size, _ in files), 0

@@ -1,10 +1,9 @@
-"""What the reader knows of a dataset: a table of records, whatever container holds their bytes.
+"""A dataset: shards in any of the known formats, and a table of where each record lies in them.
 
     manifest.json        shards with size and checksum, class names, format; published last
     records.npy          a row a record, in the order of the shards: offset, length, crc32c, label
 
-Both are written by `launch data convert` or `launch data index`, beside the shards or, with `base`,
-elsewhere.
+`launch data convert` and `launch data index` write both, beside the shards or elsewhere.
 """
 
 import hashlib
@@ -23,10 +22,15 @@ from trainer.data.storage.store import Object, Store, open_store
 MANIFEST, RECORDS = "manifest.json", "records.npy"
 VERSION = 1
 BLOCK_BYTES = 4 << 20
+"""Records that lie within a stretch of this size are a block. They are read by one request and shuffled as one."""
 MIN_BLOCKS = 512
+"""Blocks of a small dataset are smaller, so that there are at least about this many to shuffle."""
 RECORD_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
-"""One record: the bytes [offset, offset + length) of its shard, framing included, hold the encoded image;
-crc32c (RFC 3720, appendix B.4) is of the image without framing."""
+"""One row of the table: the bytes [offset, offset + length) of a shard, framing included, hold the encoded
+image.
+
+crc32c (RFC 3720, appendix B.4) is that of the image without framing.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,28 @@ class Shard:
     name: str
     size: int
     crc32c: int
-    """Of the whole object."""
+    """Checksum of the whole object."""
     num_records: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset, without its rows."""
+    """What manifest.json says: a dataset without its table."""
 
     format: str
     """A name of trainer.data.storage.formats."""
     shards: tuple[Shard, ...]
     records_sha256: str
-    """Of the rows, as bytes."""
+    """SHA-256 of the table's bytes, in hex."""
     classes: tuple[str, ...] | None
-    """Name of each label, where known."""
+    """The name of each label, where known."""
     base: str | None = None
     """Address of the shards, where they do not lie beside the manifest."""
     version: int = VERSION
 
     @property
     def digest(self) -> str:
-        """Identifies the samples and their numbering, wherever they lie: SHA-256 in hex."""
+        """SHA-256 in hex that identifies the samples and their numbering, wherever they are stored."""
         identity = [self.format, self.records_sha256, [(s.name, s.size, s.crc32c) for s in self.shards]]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -68,49 +72,46 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that has been opened: its shards as they are now, and its rows."""
+    """An open dataset: its shards as they are now, and its table."""
 
     manifest: Manifest
     store: Store
     objects: tuple[Object, ...]
-    """The shards, pinned to the generation that was listed."""
+    """The shards, each pinned to the generation that was listed."""
     records: np.ndarray
-    """(num_examples,) RECORD_DTYPE."""
+    """The table, (num_examples,) RECORD_DTYPE."""
     shard_starts: np.ndarray
-    """(shards + 1,) int64: index of each shard's first record, and the number of all."""
+    """(shards + 1,) int64: the number of each shard's first record, then the number of all records."""
 
     def __len__(self) -> int:
         return len(self.records)
 
     def block_starts(self) -> np.ndarray:
-        """(blocks,) int64: first record of each block, neighbours in a shard that one request reads.
-
-        Shuffling moves blocks, so there are many even of little data.
-        """
+        """(blocks,) int64: the first record of each block. Shuffling moves blocks, so even small datasets have many."""
         total = sum(obj.size for obj in self.objects)
         pieces = self.records["offset"].astype(np.int64) // max(min(BLOCK_BYTES, total // MIN_BLOCKS), 1)
         shards = np.repeat(np.arange(len(self.objects)), np.diff(self.shard_starts))
         return np.flatnonzero((np.diff(shards, prepend=-1) != 0) | (np.diff(pieces, prepend=-1) != 0))
 
     def shard_of(self, indices: np.ndarray) -> np.ndarray:
-        """The number of the shard that holds each record."""
+        """The number of the shard that holds each record: (n,) int64 for (n,) integers."""
         return np.searchsorted(self.shard_starts, indices, side="right") - 1
 
     def byte_range(self, first: int, last: int) -> tuple[int, int]:
-        """(offset, length) of the bytes from record `first` to record `last`, of one shard."""
+        """(offset, length) of the bytes from record `first` to record `last`, both of the same shard."""
         begin, end = self.records[first], self.records[last]
         offset = int(begin["offset"])
         return offset, int(end["offset"]) + int(end["length"]) - offset
 
     def request(self, first: int, last: int, block: tuple[int, int] | None = None) -> RangeRequest:
-        """What reads the records from `first` to `last`, of one shard."""
+        """The request that reads the records from `first` to `last`, both of the same shard."""
         obj = self.objects[int(self.shard_of(np.array(first)))]
         return RangeRequest(
             self.store, obj, *self.byte_range(first, last), FORMATS[self.manifest.format].FRAMING, block
         )
 
     def describe(self, index: int) -> str:
-        """Names a record in words: object, number in it, bytes."""
+        """A record in words, for messages: its object, its number there, its bytes."""
         shard, row = int(self.shard_of(np.array(index))), self.records[index]
         return (
             f"{self.store.url}/{self.objects[shard].name}, record {index - int(self.shard_starts[shard])} "
@@ -127,7 +128,7 @@ def publish(
     classes: Sequence[str] | None,
     base: str | None = None,
 ) -> Manifest:
-    """Write the rows, then the manifest, without which nothing of a dataset is seen."""
+    """Write the table, then the manifest. Before the manifest is there, nothing of a dataset can be opened."""
     assert records.dtype == RECORD_DTYPE
     assert len(records) == sum(s.num_records for s in shards)
     buffer = io.BytesIO()
@@ -146,12 +147,12 @@ def publish(
 
 def open_dataset(url: str) -> Dataset:
     """Read and check a dataset. Raises UserError where it is not what its manifest says."""
-    store = open_store(url)
+    table_store = open_store(url)
     try:
-        manifest = parse_manifest(store.read(MANIFEST), url)
-        buffer = store.read(RECORDS)
+        manifest = parse_manifest(table_store.read(MANIFEST), url)
+        buffer = table_store.read(RECORDS)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(_no_manifest_message(store)) from None
+        raise UserError(_no_manifest_message(table_store)) from None
     try:
         records = np.load(io.BytesIO(buffer), allow_pickle=False)
     except (ValueError, EOFError):
@@ -169,7 +170,7 @@ def open_dataset(url: str) -> Dataset:
             f"{url}/{MANIFEST} names {len(manifest.classes)} classes, but {RECORDS} has the label {last}; "
             "remove both, then run `launch data index`"
         )
-    store = open_store(manifest.base) if manifest.base else store
+    store = open_store(manifest.base) if manifest.base else table_store
     listed = {obj.name: obj for obj in store.list()}
     objects = tuple(_check_shard(shard, listed, store.url) for shard in manifest.shards)
     first = np.concatenate([[0], np.cumsum([s.num_records for s in manifest.shards])]).astype(np.int64)
@@ -181,6 +182,7 @@ def _sha256(records: np.ndarray) -> str:
 
 
 def parse_manifest(content: bytes, url: str) -> Manifest:
+    """Read the content of manifest.json. Raises UserError where it is damaged or of another version."""
     try:
         fields = json.loads(content)
         if fields.get("version") != VERSION:
@@ -231,7 +233,7 @@ def _check_shard(shard: Shard, listed: dict[str, Object], url: str) -> Object:
 
 
 def _no_manifest_message(store: Store) -> str:
-    """Why there is nothing to read at a place, and what to do."""
+    """What lies at an address without a dataset, and what to do about it."""
     names = [obj.name for obj in store.list()]
     if not names:
         return (

@@ -1,9 +1,10 @@
-"""Ranges of objects, fetched by a pool of threads that outlasts what storage does: throttling, broken and
-slow connections, and the odd request that hangs.
+"""Ranges of objects, fetched by a pool of threads in spite of what storage does: throttling, broken and slow
+connections, and the occasional request that hangs.
 
 A request that fails is repeated after a random wait ("full jitter", AWS Architecture Blog, "Exponential
-Backoff And Jitter"). One that takes longer than most is raced by a second ("hedged requests", Dean &
-Barroso, "The Tail at Scale", 2013), for at most a twentieth of all. Throttling halves how many run at once.
+Backoff And Jitter"). One that is slower than most gets a second attempt beside it, and the first to finish
+counts ("hedged requests", Dean & Barroso, "The Tail at Scale", 2013); at most a twentieth of all requests do.
+When the service throttles, half as many requests run at once.
 """
 
 import math
@@ -22,14 +23,19 @@ from trainer.data.storage.request import RangeRequest
 from trainer.data.storage.store import CONNECTIONS, AbandonedError, TransientError
 
 RETRY_SECONDS = 60.0
+"""A request is given up when it has failed for this long."""
 MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.1, 8.0
+"""Bounds of the wait before a repetition."""
 HEDGE_SHARE = 0.05
+"""At most this share of all requests is hedged."""
 MIN_HEDGE_SECONDS = 0.05
+"""No request is hedged before this age."""
 MIN_BYTES_PER_SECOND = 64 << 10
-"""Below this rate a request is given up, even if a byte comes now and then."""
+"""A request below this rate is given up, even if a byte arrives now and then."""
 SLOW_BYTES_PER_SECOND = 25e6 / 3
-"""A request below this rate may be raced, once it is also slower than 95 % of those before."""
+"""A request below this rate may be hedged, once it is also slower than 95 % of those before."""
 INITIAL_CONNECTIONS = 8
+"""Number of requests that run at once in the beginning."""
 COUNTS = (
     "data/requests",
     "data/retries",
@@ -39,10 +45,11 @@ COUNTS = (
     "data/checksum_failures",
     "data/bytes_fetched",
 )
+"""The counters in the log, by TensorBoard's names."""
 
 
 class FetchStats:
-    """What fetching has done so far, over all threads of a process."""
+    """Counters and times of all threads of a process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,11 +61,12 @@ class FetchStats:
             self._counts.update(counts)
 
     def add_seconds(self, seconds: float) -> None:
+        """Record how long a request took."""
         with self._lock:
             self._seconds.append(seconds)
 
     def percentile(self, q: float) -> float:
-        """Of the seconds of the last 1,000 requests; 0 before the first."""
+        """The q-th percentile of the seconds that the last 1,000 requests took; 0 before the first."""
         with self._lock:
             return float(np.percentile(self._seconds, q)) if self._seconds else 0.0
 
@@ -68,7 +76,9 @@ class FetchStats:
 
 
 class ConcurrencyLimiter:
-    """How many requests run at once: one more for each round that goes well, half on throttling (AIMD)."""
+    """Limits how many requests run at once: one more for each round that succeeds, half as many after
+    throttling (AIMD).
+    """
 
     def __init__(self, most: int = CONNECTIONS):
         self._most = most
@@ -88,27 +98,30 @@ class ConcurrencyLimiter:
             if error is None:
                 self._limit = min(self._limit + 1 / self._limit, self._most)
             elif getattr(error, "throttled", False) and time.monotonic() - self._lowered_at > 1.0:
-                # Once a second: those already under way will be refused, too.
+                # Halve at most once a second: the requests already on their way will be throttled, too.
                 self._limit, self._lowered_at = max(self._limit / 2, 1.0), time.monotonic()
             self._changed.notify_all()
 
     @property
     def limit(self) -> int:
+        """The number of requests that may run at once now."""
         return int(self._limit)
 
 
 @dataclass(eq=False)
 class _Race:
-    """One request and its runners: the first to complete wins."""
+    """One request and its one or two attempts at a time: the first attempt to complete wins."""
 
     request: RangeRequest
     attempt_started: float = math.inf
-    """When the newest attempt of the first runner went out; infinite while it waits."""
+    """When the newest regular attempt was sent; infinite while it waits to be repeated."""
     is_hedged: bool = False
+    """Whether a second attempt has been sent beside it."""
     result: "Future[np.ndarray]" = field(default_factory=Future)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def win(self, payload: np.ndarray) -> bool:
+        """Set the result, unless the other attempt has. Returns whether this attempt won."""
         with self.lock:
             if self.result.done():
                 return False
@@ -116,13 +129,14 @@ class _Race:
             return True
 
     def fail(self, error: Exception) -> None:
+        """Set an error as the result, unless there is a result."""
         with self.lock:
             if not self.result.done():
                 self.result.set_exception(error)
 
 
 class Fetcher:
-    """The pool of a process, for training and evaluation alike."""
+    """The pool of connections of a process, for training and evaluation alike."""
 
     def __init__(
         self,
@@ -145,10 +159,11 @@ class Fetcher:
         self._watcher.start()
 
     def submit(self, request: RangeRequest, *, fresh: bool = False) -> "Future[np.ndarray]":
-        """The payload as a uint8 array, once it is there; `fresh`: not from the cache.
+        """Fetch a range. The future gives the payload, uint8 (bytes,); with `fresh` it does not come from the
+        cache.
 
-        The future raises UserError at once for what a repetition cannot mend, else TransientError when
-        repetitions have not mended it within `retry_seconds`.
+        The future raises UserError at once for what a repetition cannot mend, and TransientError once
+        repetitions have failed for `retry_seconds`.
         """
         if self._cache is None or request.block is None:
             return self._start_race(request)
@@ -160,7 +175,7 @@ class Fetcher:
         return part
 
     def metrics(self) -> dict[str, float]:
-        """What has been done so far; times are of the last 1,000 requests."""
+        """Counters, and times of the last 1,000 requests, by TensorBoard's names."""
         stats = self.stats
         counts: dict[str, float] = {name: stats[name.removeprefix("data/")] for name in COUNTS}
         if self._cache is not None:
@@ -176,7 +191,7 @@ class Fetcher:
         }
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Give up all requests that still run or wait."""
         self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._hedges.shutdown(wait=False, cancel_futures=True)
@@ -185,11 +200,11 @@ class Fetcher:
     def _fetch_through_cache(
         self, request: RangeRequest, part: "Future[np.ndarray]", cache: BlockCache
     ) -> None:
-        """Take a part from the cache, or fetch its whole block for this and whoever else waits for it."""
+        """Deliver a range from the cache, or fetch its whole block for all requests that wait for a part of it."""
         block = request.whole_block()
         begun = False
         with self._lock:
-            # A block is in the cache before it is no longer being fetched.
+            # In this order: a block stays in `_fetching_blocks` until it is in the cache.
             fetching = self._fetching_blocks.get(block)
             if fetching is None and not cache.contains(block):
                 fetching, begun = Future(), True
@@ -210,7 +225,7 @@ class Fetcher:
             if error is not None:
                 part.set_exception(error)
                 return
-            # A copy, for a view would hold the whole block.
+            # A copy, because a view would keep the whole block in memory.
             part.set_result(block.extract(done.result(), request).copy())
 
         fetching.add_done_callback(deliver)
@@ -220,7 +235,7 @@ class Fetcher:
 
     def _read_cached(self, request: RangeRequest, part: "Future[np.ndarray]", cache: BlockCache) -> None:
         found = cache.read(request)
-        if found is None:  # dropped meanwhile to make room, or not ours to read
+        if found is None:  # removed in the meantime to make room, or no permission to read it
             self._pool.submit(self._run, _Race(request, result=part))
             return
         self.stats.count(cache_hits=1)
@@ -238,14 +253,14 @@ class Fetcher:
             self._fetch_with_retries(race)
         except AbandonedError:
             race.fail(AbandonedError("the reader was closed"))
-        except Exception as e:  # noqa: BLE001 (the future carries it to who waits)
+        except Exception as e:  # noqa: BLE001 (the future raises it)
             race.fail(e)
         finally:
             with self._lock:
                 self._races.discard(race)
 
     def _fetch_with_retries(self, race: _Race) -> None:
-        """Attempt until someone has won, or there is no sense in it any more."""
+        """Attempt a request until there is a result, or until repetitions make no sense any more."""
         first_failure, attempt = math.inf, 0
         while not race.result.done():
             try:
@@ -266,7 +281,7 @@ class Fetcher:
                     raise AbandonedError from None
 
     def _attempt(self, race: _Race) -> bool:
-        """Whether this runner won."""
+        """Fetch the range once. Returns whether this attempt has won the race."""
         request = race.request
         begun = time.monotonic()
         deadline = begun + READ_SECONDS + request.length / MIN_BYTES_PER_SECOND
@@ -283,17 +298,18 @@ class Fetcher:
         return race.win(payload)
 
     def _hedge(self, race: _Race) -> None:
-        # Past the limiter: what is raced may be all that the limiter lets run.
+        # Without the limiter: slow requests may fill it up, and the attempts that should relieve them would
+        # wait.
         try:
             if not race.result.done() and self._attempt(race):
                 self.stats.count(hedges_won=1)
         except (UnreachableError, AbandonedError):
-            pass  # the first runner goes on
-        except Exception as e:  # noqa: BLE001 (the future carries it to who waits)
+            pass  # the regular attempt goes on
+        except Exception as e:  # noqa: BLE001 (the future raises it)
             race.fail(e)
 
     def _hedge_slow_requests(self) -> None:
-        """Send a second runner after each request that is slow, while the budget lasts."""
+        """The watcher thread: send a second attempt beside each request that is slow, as long as the budget lasts."""
         while not self._closing.wait(0.02):
             with self._lock:
                 races = [race for race in self._races if race.request.store.is_remote and not race.is_hedged]
@@ -308,5 +324,7 @@ class Fetcher:
                     self._hedges.submit(self._hedge, race)
 
     def _may_hedge(self) -> bool:
-        # The first one is free: a run whose first request hangs would wait for the read's time limit.
+        """Whether the budget allows one more hedged request."""
+        # The first one is always allowed: if a run's very first request hangs, it would else wait for its
+        # time limit.
         return self.stats["hedges"] <= HEDGE_SHARE * self.stats["requests"]

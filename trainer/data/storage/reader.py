@@ -1,7 +1,8 @@
-"""The records that one process needs, fetched ahead of their use and held within a budget of bytes.
+"""The records that one process needs, fetched ahead of their use and held within a budget of memory.
 
-The order is known, so a planner walks it ahead of the consumer, window by window: which records this
-process takes of each, and which ranges of which shards hold them. A range is freed with its last record.
+The order of samples is known, so a planner thread walks through it ahead of the consumer, window by window,
+and finds which records this process reads and which ranges of which shards hold them. A range is freed with
+its last record.
 """
 
 import threading
@@ -21,15 +22,21 @@ from trainer.data.storage.request import RangeRequest
 from trainer.data.storage.store import AbandonedError
 
 GAP_BYTES, GAP_RECORDS = 4 << 10, 2
-"""What is read along rather than asked for around: a container's own bytes, and up to two unwanted records,
-which a run that begins or ends amid a window has many of."""
+"""A gap this small between two records is read along with them, rather than split into two requests.
+
+Such gaps are bytes of the container, and records that a run does not need of a window in which it begins or
+ends.
+"""
 RANGE_BYTES = 16 << 20
+"""A request reads at most this much."""
 LOOKAHEAD_BATCHES = 64
+"""The planner stays at most this far ahead of the consumer."""
 REREADS = 4
+"""A record that does not match its checksum is fetched again this often."""
 
 
 class DamagedRecordError(Exception):
-    """A record whose bytes do not match its checksum, however often they are read."""
+    """A record does not match its checksum, even after it was fetched several times."""
 
 
 @dataclass(eq=False)
@@ -38,32 +45,37 @@ class _PendingRange:
 
     request: RangeRequest
     payload: "Future[np.ndarray] | None" = None
+    """The bytes without framing, uint8; None before they are requested and after they are freed."""
     remaining: int = 0
-    """Records still to be taken."""
+    """Number of records that the consumer has not yet taken."""
 
 
 @dataclass
 class _Window:
-    """What is fetched of a window: for each slot that this process takes, the range that holds it."""
+    """What is fetched of a window."""
 
     records: np.ndarray
+    """(slots,) int64: the record of each slot."""
     ranges: dict[int, _PendingRange] = field(default_factory=dict)
-    """By slot."""
+    """For each slot that this process reads, the range that holds its record."""
 
 
 class MemoryBudget:
-    """Bytes that may be held. Who waits for room gets it even so if the consumer waits for just that."""
+    """The number of bytes that may be held at once.
+
+    The budget is exceeded where the consumer waits for exactly what the budget would keep from being fetched.
+    """
 
     def __init__(self, num_bytes: int):
         self._free = num_bytes
         self._changed = threading.Condition()
         self._total = num_bytes
         self._starving = 0
-        """Consumers that wait for what is not yet asked for."""
+        """Number of consumers that wait for a window which is not yet requested."""
         self._closed = False
 
     def acquire(self, num_bytes: int) -> bool:
-        """Wait for room; False once closed."""
+        """Wait for room and take it. Returns False once the budget is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._starving > 0 or self._free >= num_bytes)
             self._free -= num_bytes
@@ -71,15 +83,18 @@ class MemoryBudget:
 
     @property
     def held(self) -> int:
+        """Bytes held now."""
         return self._total - self._free
 
     def release(self, num_bytes: int) -> None:
+        """Give back room for `num_bytes`."""
         with self._changed:
             self._free += num_bytes
             self._changed.notify_all()
 
     @contextmanager
     def starving(self) -> Iterator[None]:
+        """While the context lasts, a consumer waits for a window which is not yet requested."""
         with self._changed:
             self._starving += 1
             self._changed.notify_all()
@@ -96,7 +111,7 @@ class MemoryBudget:
 
 
 class Reader:
-    """Random access to the samples of a stream, in about their order. For several threads at once."""
+    """Random access to the samples of one process, for several threads that take them in about their order."""
 
     def __init__(
         self,
@@ -107,7 +122,10 @@ class Reader:
         budget_bytes: int,
         block_starts: np.ndarray | None = None,
     ):
-        """With `block_starts`, the (blocks,) first records of blocks, ranges stay within them, to be cached."""
+        """Start the planner.
+
+        With `block_starts`, (blocks,) int64, no request crosses a block, so that blocks can be cached.
+        """
         self._blocks = None if block_starts is None else np.append(block_starts, len(dataset))
         self._dataset, self._stream, self._fetcher = dataset, stream, fetcher
         self._budget = MemoryBudget(budget_bytes)
@@ -115,17 +133,17 @@ class Reader:
         self._planned = threading.Condition()
         self._error: Exception | None = None
         self._batch = 0
-        """Newest batch that the consumer has asked for."""
+        """The newest batch that the consumer has asked for."""
         self._closing = False
         self._planner = threading.Thread(target=self._plan, name="planner", daemon=True)
         self._planner.start()
 
     @contextmanager
     def record(self, position: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The record at a position of the order, each asked for once: its index, and the image as it came.
+        """The record at a position of the order: its number and its image. Each position is asked for once.
 
-        The image is (bytes,) uint8, encoded and unchecked, valid within the block. Raises what fetching
-        raises.
+        The image is (bytes,) uint8, encoded, not verified, and valid until the context ends. Raises what
+        fetching raises.
         """
         key, slot = self._stream.order.locate(position)
         window = self._window(key, position)
@@ -133,16 +151,16 @@ class Reader:
         index = int(window.records[slot])
         assert pending.payload is not None
         try:
-            yield index, self._image(pending.request, pending.payload.result(), index)
+            yield index, pending.request.extract(pending.payload.result(), self._request(index, index))
         finally:
             self._release_record(key, window, slot)
 
     def verified(self, image: np.ndarray, index: int) -> np.ndarray:
-        """The image, read again where its checksum does not hold. Raises DamagedRecordError."""
+        """The image, fetched again if it does not match its checksum. Raises DamagedRecordError."""
         return image if self._is_intact(image, index) else self.read_one(index)
 
     def read_one(self, index: int) -> np.ndarray:
-        """One record by itself. Raises DamagedRecordError, and what fetching raises."""
+        """Read a single record. Raises DamagedRecordError, and what fetching raises."""
         request = self._request(index, index)
         for attempt in range(REREADS):
             image = self._fetcher.submit(request, fresh=attempt > 0).result()
@@ -156,9 +174,11 @@ class Reader:
         return whole
 
     def metrics(self) -> dict[str, float]:
+        """Figures on the reading, by TensorBoard's names."""
         return {**self._fetcher.metrics(), "data/memory_mib": self._budget.held / 2**20}
 
     def close(self) -> None:
+        """End the planner. Consumers that wait get AbandonedError."""
         self._budget.close()
         with self._planned:
             self._closing = True
@@ -167,7 +187,7 @@ class Reader:
         self._windows.clear()
 
     def _window(self, key: WindowKey, position: int) -> _Window:
-        """The plan of a window, waiting for the planner to come to it."""
+        """The plan of a window, once the planner has come to it. Raises what the planner has met."""
         batch = (position - self._stream.start) // self._stream.batch_size
         with self._planned:
             if batch > self._batch:
@@ -187,12 +207,13 @@ class Reader:
             pending = window.ranges.pop(slot)
             pending.remaining -= 1
             if not window.ranges:
-                self._windows.pop(key, None)  # closing has cleared them
+                self._windows.pop(key, None)  # missing after close(), which clears them
         if pending.remaining == 0:
             pending.payload = None
             self._budget.release(pending.request.payload_bytes())
 
     def _plan(self) -> None:
+        """The planner thread: request the ranges of each window, as far as lookahead and budget allow."""
         try:
             for batch, key in self._stream.windows():
                 with self._planned:
@@ -207,12 +228,13 @@ class Reader:
                 with self._planned:
                     self._windows[key] = window
                     self._planned.notify_all()
-        except Exception as e:  # noqa: BLE001 (raised where the window is waited for)
+        except Exception as e:  # noqa: BLE001 (the consumer raises it)
             with self._planned:
                 self._error = e
                 self._planned.notify_all()
 
     def _plan_window(self, key: WindowKey) -> tuple[_Window, list[_PendingRange]]:
+        """A window, and the ranges that hold the records which this process reads of it."""
         order = self._stream.order
         window = _Window(order.records(key))
         slots = np.flatnonzero(self._stream.includes(order.positions(key)))
@@ -225,7 +247,7 @@ class Reader:
         return window, ranges
 
     def _group_neighbours(self, records: np.ndarray) -> list[range]:
-        """Runs of ascending records that are read together."""
+        """Split ascending records into groups that are read by one request each."""
         rows = self._dataset.records[records]
         offsets, ends = rows["offset"].astype(np.int64), (rows["offset"] + rows["length"]).astype(np.int64)
         apart = np.diff(self._dataset.shard_of(records)) != 0
@@ -237,13 +259,9 @@ class Reader:
         return [range(a, b) for a, b in pairwise(cuts)]
 
     def _request(self, first: int, last: int) -> RangeRequest:
-        """For the records from `first` to `last`, with their block where blocks are cached."""
+        """The request for the records from `first` to `last`, with their block where blocks are cached."""
         block = None
         if self._blocks is not None:
             after = int(np.searchsorted(self._blocks, first, side="right"))
             block = self._dataset.byte_range(int(self._blocks[after - 1]), int(self._blocks[after]) - 1)
         return self._dataset.request(first, last, block)
-
-    def _image(self, request: RangeRequest, payload: np.ndarray, index: int) -> np.ndarray:
-        """A record's part of a range."""
-        return request.extract(payload, self._request(index, index))

@@ -1,4 +1,4 @@
-"""A range of an object, as the reader asks for it and fetching and caching pass it on."""
+"""A range of bytes of an object, as reading, caching and fetching pass it on to each other."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from trainer.data.storage.store import Object, Store
 
 @dataclass(frozen=True)
 class RangeRequest:
-    """Bytes [offset, offset + length) of an object, to be delivered without the framing."""
+    """Bytes [offset, offset + length) of an object. They are delivered without the framing of the container."""
 
     store: Store
     object: Object
@@ -18,27 +18,33 @@ class RangeRequest:
     length: int
     framing: Framing | None
     block: tuple[int, int] | None = None
-    """(offset, length) of the block that it is a part of; only what has one is cached."""
+    """(offset, length) of the block that this range is a part of. Only ranges with a block are cached."""
 
     def payload_bytes(self) -> int:
+        """Size of what is delivered: the range without framing."""
         return self.length - framing_bytes(self.offset, self.offset + self.length, self.framing)
 
     def payload_offset_in(self, outer: "RangeRequest") -> int:
-        """Where this range's payload begins in that of `outer`, which holds it."""
+        """Where the payload of this range begins within the payload of `outer`, a range that includes this one."""
         return self.offset - outer.offset - framing_bytes(outer.offset, self.offset, self.framing)
 
     def extract(self, payload: np.ndarray, inner: "RangeRequest") -> np.ndarray:
-        """What this range's payload holds of `inner`, as a view."""
+        """The payload of `inner`, a part of this range, as a view of this range's `payload`."""
         begin = inner.payload_offset_in(self)
         return payload[begin : begin + inner.payload_bytes()]
 
     def whole_block(self) -> "RangeRequest":
+        """The request for the whole block of this range."""
         assert self.block is not None
         offset, length = self.block
         return replace(self, offset=offset, length=length)
 
     def buffers(self, payload: memoryview) -> list[memoryview]:
-        """Buffers that take the range in turn: parts of `payload`, and a bin for the framing between them."""
+        """Buffers to fill with the bytes of the range one after another.
+
+        Those for payload are views of `payload`; between them, the framing goes to a buffer that nobody
+        reads.
+        """
         if self.framing is None:
             return [payload]
         period, header = self.framing
@@ -56,7 +62,7 @@ class RangeRequest:
 
 
 def framing_bytes(start: int, end: int, framing: Framing | None) -> int:
-    """Bytes of framing in [start, end) of an object. Neither lies inside a header."""
+    """Number of framing bytes in [start, end) of an object. Neither end lies inside a header."""
     if framing is None:
         return 0
     return (-(-end // framing.period) - -(-start // framing.period)) * framing.header

@@ -1,7 +1,7 @@
-"""Where datasets lie: a folder or a gs:// prefix, behind one interface.
+"""The places where datasets are stored: a folder or a gs:// prefix, behind one interface.
 
-The Google client lists, uploads and finds credentials; bodies are read over its authorized session, which
-costs a tenth of the client's own download path.
+Google's client lists, uploads and finds credentials. Content is read over the client's authorized session,
+which takes a tenth of the CPU time of the client's own downloads.
 """
 
 import contextlib
@@ -22,27 +22,32 @@ if TYPE_CHECKING:
     from google.cloud.storage import Client
 
 CONNECT_SECONDS = 5.0
+"""Time limit for opening a connection."""
 ROLES = "the role Storage Object Viewer on the bucket"
 UPLOAD_SECONDS = 300.0
+"""Time limit for uploading one object."""
 CONNECTIONS = 32
+"""Number of requests that may run at once."""
 READS = 3
+"""A small object that does not match its checksum is read this often."""
 CHUNK_BYTES = 1 << 18
+"""Size of the pieces in which content is received."""
 
 
 @dataclass(frozen=True)
 class Object:
-    """One object of a store, as it was when listed."""
+    """One object of a store, as it was when it was listed."""
 
     name: str
     size: int
     generation: int
-    """GCS generation, or a file's modification time in ns: another one is another content."""
+    """The GCS generation, or a file's modification time in ns: with another one the content is another, too."""
     crc32c: int | None
-    """Checksum of the whole object where the store knows it: GCS does, folders do not."""
+    """Checksum of the whole object, where the store knows it: GCS does, folders do not."""
 
 
 class TransientError(google.UnreachableError):
-    """A read that may well work when repeated: an overloaded server, a broken connection, a short body."""
+    """A read that may succeed when repeated: an overloaded server, a broken connection, a body that is too short."""
 
     def __init__(self, message: str, *, throttled: bool = False):
         super().__init__(message)
@@ -50,53 +55,55 @@ class TransientError(google.UnreachableError):
 
 
 class AbandonedError(Exception):
-    """A read whose result is no longer wanted."""
+    """The result of this read is no longer needed."""
 
 
 ChunkCallback = Callable[[int], bool]
-"""Told the number of bytes of each piece received; answers whether to go on."""
+"""Called with the number of bytes of each piece received; returns whether to go on."""
 
 
 class Store(Protocol):
-    """Objects below one address, named relative to it."""
+    """The objects under one address, by their names relative to it."""
 
     url: str
     is_remote: bool
-    """Whether a slow read may be slow by chance, and a second one faster."""
+    """Whether a slow read may be slow by chance, so that a second one may be faster."""
 
     def list(self) -> list[Object]:
-        """All objects, by name. Raises UserError where the place cannot be read."""
+        """All objects, sorted by name. Raises UserError where the place cannot be read."""
         ...
 
     def open(self, name: str) -> BinaryIO:
-        """A seekable reader, for tools that scan whole objects."""
+        """A seekable file, for tools that scan whole objects."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A small object as a whole. Raises FileNotFoundError."""
+        """The content of a small object. Raises FileNotFoundError."""
         ...
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a small object at once, wholly or not at all."""
+        """Replace a small object at once, completely or not at all."""
         ...
 
     def upload(self, name: str, file: Path) -> None:
-        """Move a local file here, checksummed on the way."""
+        """Move a local file here, verified by its checksum on the way."""
         ...
 
-    def delete(self, name: str) -> None: ...
+    def delete(self, name: str) -> None:
+        """Remove an object, if it exists."""
+        ...
 
     def fetch(self, obj: Object, offset: int, buffers: Sequence[memoryview], on_chunk: ChunkCallback) -> None:
         """Fill the buffers, one after another, with the bytes of `obj` from `offset` on.
 
-        Raises TransientError, AbandonedError once `on_chunk` says so, and UserError where the object has been
-        replaced or removed, or may not be read.
+        Raises TransientError, AbandonedError where `on_chunk` returns False, and UserError where the object
+        has been replaced or removed, or may not be read.
         """
         ...
 
 
 def open_store(url: str) -> Store:
-    """The store at a folder or gs://bucket/prefix. Raises UserError where the address is none."""
+    """The store at a folder or at gs://bucket/prefix. Raises UserError where the address is neither."""
     if url.startswith("gs://"):
         return Bucket(url)
     if "://" in url:
@@ -105,7 +112,7 @@ def open_store(url: str) -> Store:
 
 
 def checksum(file: BinaryIO) -> int:
-    """crc32c (RFC 3720, appendix B.4) of a whole file, which is left at its beginning."""
+    """The crc32c (RFC 3720, appendix B.4) of a whole file, which is then rewound."""
     file.seek(0)
     crc = 0
     while part := file.read(1 << 20):
@@ -115,7 +122,7 @@ def checksum(file: BinaryIO) -> int:
 
 
 class Folder:
-    """Files of a folder, without its subfolders' and hidden ones."""
+    """The files of a folder, without subfolders and hidden files."""
 
     is_remote = False
 
@@ -151,7 +158,7 @@ class Folder:
 
     def fetch(self, obj: Object, offset: int, buffers: Sequence[memoryview], on_chunk: ChunkCallback) -> None:
         try:
-            # Opened for each read: thousands of shards would exceed the limit of open files.
+            # Opened for each read, because thousands of shards would exceed the limit on open files.
             descriptor = os.open(self._path / obj.name, os.O_RDONLY)
         except FileNotFoundError:
             raise _gone_error(self.url, obj) from None
@@ -173,9 +180,10 @@ class Folder:
 
 
 def _read_vectored(descriptor: int, buffers: Sequence[memoryview], where: str) -> None:
+    """Fill the buffers from a file's current position. Raises TransientError where the file ends before."""
     views = list(buffers)
     while views:
-        num_read = os.readv(descriptor, views[:1024])  # the kernel takes 1,024 buffers a call
+        num_read = os.readv(descriptor, views[:1024])  # 1,024 is IOV_MAX, the most that a call may have
         if num_read == 0:
             raise TransientError(f"{where}: ends {sum(map(len, views)):,} bytes early")
         while views and num_read >= len(views[0]):
@@ -185,7 +193,7 @@ def _read_vectored(descriptor: int, buffers: Sequence[memoryview], where: str) -
 
 
 class Bucket:
-    """Objects below gs://bucket/prefix, without those of deeper folders."""
+    """The objects under gs://bucket/prefix, without those of deeper folders."""
 
     is_remote = True
 
@@ -201,13 +209,7 @@ class Bucket:
 
     def list(self) -> list[Object]:
         with self._translate_errors():
-            blobs = self._client.list_blobs(
-                self._bucket,
-                prefix=self._prefix,
-                delimiter="/",
-                retry=google.retry(),
-                timeout=google.READ_SECONDS,
-            )
+            blobs = self._client.list_blobs(self._bucket, prefix=self._prefix, delimiter="/", **_options())
             return [
                 Object(b.name.removeprefix(self._prefix), b.size, b.generation, google.crc32c(b))
                 for b in blobs
@@ -221,28 +223,22 @@ class Bucket:
         from google.cloud.exceptions import NotFound
         from google.cloud.storage.exceptions import DataCorruption
 
-        options = {"retry": google.retry(), "timeout": google.READ_SECONDS}
         with self._translate_errors():
             for _ in range(READS):
                 try:
-                    return cast(bytes, self._blob(name).download_as_bytes(checksum="crc32c", **options))
+                    return cast(bytes, self._blob(name).download_as_bytes(checksum="crc32c", **_options()))
                 except DataCorruption:
                     continue
                 except NotFound:
-                    # A missing bucket is a 404 just as a missing object is.
-                    next(iter(self._client.list_blobs(self._bucket, max_results=1, **options)), None)
+                    # A missing bucket is a 404, too. Listing it raises what is wrong with it.
+                    next(iter(self._client.list_blobs(self._bucket, max_results=1, **_options())), None)
                     raise FileNotFoundError(f"{self.url}/{name}") from None
         raise TransientError(f"{self.url}/{name} does not match its checksum, {READS} times read")
 
     def write(self, name: str, content: bytes) -> None:
         with self._translate_errors():
-            self._blob(name).upload_from_string(
-                content,
-                "application/octet-stream",
-                checksum="crc32c",
-                retry=google.retry(),
-                timeout=google.READ_SECONDS,
-            )
+            blob = self._blob(name)
+            blob.upload_from_string(content, "application/octet-stream", checksum="crc32c", **_options())
 
     def upload(self, name: str, file: Path) -> None:
         with self._translate_errors():
@@ -254,7 +250,7 @@ class Bucket:
         from google.cloud.exceptions import NotFound
 
         with self._translate_errors(), contextlib.suppress(NotFound):
-            self._blob(name).delete(retry=google.retry(), timeout=google.READ_SECONDS)
+            self._blob(name).delete(**_options())
 
     def fetch(self, obj: Object, offset: int, buffers: Sequence[memoryview], on_chunk: ChunkCallback) -> None:
         import requests
@@ -268,7 +264,7 @@ class Bucket:
             response = self._session.get(
                 f"{self._client.api_endpoint}{path}",
                 params={"alt": "media", "generation": obj.generation},
-                # Identity: a body that the server compresses has other offsets.
+                # Not compressed: the range would then be one of the compressed bytes.
                 headers={"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"},
                 stream=True,
                 timeout=(CONNECT_SECONDS, google.READ_SECONDS),
@@ -284,9 +280,11 @@ class Bucket:
             raise UserError(google.refused(where, e)) from None
 
     def _translate_errors(self) -> contextlib.AbstractContextManager[None]:
+        """Google's errors as UserError for what the user must mend, and UnreachableError."""
         return google.explained(self.url, bucket=self._bucket.name, roles=ROLES)
 
     def _check(self, response: Any, obj: Object, where: str) -> None:
+        """Raise what an HTTP response means for a range of `obj`; return if it is as asked for."""
         status = response.status_code
         if status in (408, 429) or status >= 500:
             raise TransientError(f"{where}: HTTP {status}", throttled=status == 429)
@@ -294,9 +292,7 @@ class Bucket:
             raise UserError(google.denied(where, status, ROLES))
         if status == 404:
             with self._translate_errors():
-                blob = self._bucket.get_blob(
-                    self._prefix + obj.name, retry=google.retry(), timeout=google.READ_SECONDS
-                )
+                blob = self._bucket.get_blob(self._prefix + obj.name, **_options())
             raise _gone_error(self.url, obj) if blob is None else _overwritten_error(self.url, obj)
         generation = response.headers.get("x-goog-generation")
         if generation is not None and int(generation) != obj.generation:
@@ -309,7 +305,7 @@ class Bucket:
 
 
 def _copy_body(raw: Any, buffers: Sequence[memoryview], where: str, on_chunk: ChunkCallback) -> None:
-    """Copy a response's body into the buffers: the one copy that its bytes see in this process."""
+    """Copy a response's body into the buffers. No other copy of these bytes is made in this process."""
     views = iter(buffers)
     view = next(views)
     while chunk := memoryview(raw.read(CHUNK_BYTES)):
@@ -330,7 +326,9 @@ def _copy_body(raw: Any, buffers: Sequence[memoryview], where: str, on_chunk: Ch
 
 
 def _client() -> "Client":
-    """With application-default or service-account credentials; without any, as for a public bucket."""
+    """A client with application-default or service-account credentials; without any, an anonymous one for
+    public buckets.
+    """
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import storage
 
@@ -342,13 +340,18 @@ def _client() -> "Client":
         return storage.Client.create_anonymous_client()
 
 
+def _options() -> dict[str, Any]:
+    """Retries and time limit of the small requests that Google's client makes."""
+    return {"retry": google.retry(), "timeout": google.READ_SECONDS}
+
+
 def _session(client: "Client") -> Any:
     from google.auth.transport.requests import AuthorizedSession
     from requests.adapters import HTTPAdapter
 
     session = AuthorizedSession(client._credentials)
     for scheme in ("https://", "http://"):
-        # Retries are the reader's, which counts them.
+        # No retries here: the Fetcher repeats requests, and counts them.
         session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=2 * CONNECTIONS, max_retries=0))
     return session
 

@@ -1,9 +1,9 @@
-"""`launch data convert`: images from wherever they are into shards of ArrayRecord that training streams.
+"""`launch data convert`: from images in any known form to ArrayRecord shards that training streams.
 
-convert.json       what is converted, and how: a killed conversion goes on only with the same
+convert.json            what is converted, and how: a killed conversion is only continued with the same
 NNNNN-KK.array_record   shard KK of part NNNNN: written, read back, then moved or uploaded
-NNNNN.part         the rows of a part whose shards are all there; deleted once the manifest is
-records.npy, manifest.json   published last: without them nothing of this is a dataset
+NNNNN.part              the rows of a part whose shards are all there; deleted after the manifest is published
+records.npy, manifest.json   published last; before that, nothing of this is a dataset
 """
 
 import fcntl
@@ -35,43 +35,43 @@ JOURNAL = "convert.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose, and what makes the same input the same dataset."""
+    """What the user has chosen. The same settings make the same dataset of the same input."""
 
     kind: str
     """One of inputs.KINDS."""
     resize: int | None = None
-    """Short side in pixels to which larger images are brought."""
+    """Larger images are shrunk to this short side in pixels."""
     shard_mib: int = 128
-    """Size of a shard, before any resizing."""
+    """Size of a shard before any resizing."""
     first_label: int = 0
-    """Subtracted from labels."""
+    """Subtracted from all labels."""
     seed: int = 0
-    """Of the order in which an imagefolder is written."""
+    """Decides the order in which the images of an imagefolder are written."""
     classes: tuple[str, ...] | None = None
-    """Name of each label; None: as the input says."""
+    """Name of each label; None takes the names that the input has."""
 
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """A part of the input that lies at the destination."""
+    """A part of the input whose shards are at the destination."""
 
     number: int
     shards: tuple[Shard, ...]
     records: np.ndarray
-    """RECORD rows of all its shards."""
+    """Rows of the table for all its shards, (records,) RECORD_DTYPE."""
 
 
 Progress = Callable[[int, int], None]
-"""Told the images and the bytes of each part that is there."""
+"""Called with the images and the bytes of each part that is done."""
 
 
 def convert(
     source: str, destination: str, settings: Settings, *, jobs: int, begin: Callable[[int, int], Progress]
 ) -> Manifest:
-    """Write the dataset, going on where a killed conversion was; one that is complete is left as it is.
+    """Write the dataset, continuing a killed conversion; a complete dataset is left as it is.
 
-    `begin` is told the number of parts and the bytes of the input, before the first is read. Raises UserError
-    where the input cannot be converted whole; then nothing is published.
+    `begin` is called with the number of parts and the bytes of the input before the first is read. Raises
+    UserError where the input cannot be converted completely; then nothing is published.
     """
     _check_apart(source, destination, settings.kind)
     listing = inputs.list_input(
@@ -83,7 +83,7 @@ def convert(
     )
     store = open_store(destination)
     journal = _journal(source, settings, listing)
-    _check_destination(store, journal)  # what is refused is left without a lock
+    _check_destination(store, journal)  # before locking, so that a refused folder stays as it is
     with _locked(destination) as scratch:
         objects = _check_destination(store, journal)
         if not objects:
@@ -99,7 +99,7 @@ def convert(
 
 
 def read_classes(url: str) -> tuple[str, ...]:
-    """The class names of another dataset."""
+    """The class names of another dataset. Raises UserError where it has none."""
     try:
         classes = parse_manifest(open_store(url).read(MANIFEST), url).classes
     except (FileNotFoundError, NotADirectoryError):
@@ -155,7 +155,8 @@ def _write_part(
     shards, rows = [], []
     for k, items in enumerate(_shards(part.items(), settings.shard_mib << 20)):
         name = f"{number:05}-{k:02}.array_record"
-        # Named by the process: one that outlives its killed parent for a moment shares no file with the next.
+        # With the process id, because a worker may outlive its killed parent for a moment and still write its
+        # file while the next conversion has begun.
         file = scratch / f".{name}.{os.getpid()}.partial"
         try:
             shard, records = _write_shard(store, file, name, items, settings, classes)
@@ -170,7 +171,7 @@ def _write_part(
 
 
 def _shards(items: Iterator[Item], num_bytes: int) -> Iterator[Iterator[Item]]:
-    """The items of one shard after another; each shard is consumed before the next is asked for."""
+    """Split items into shards of about `num_bytes`. Each shard must be consumed before the next one is asked for."""
 
     def until_full(first: Item) -> Iterator[Item]:
         size = len(first.image)
@@ -202,7 +203,7 @@ def _write_shard(
             writer.write(example.serialize(image, label, text=text, filename=item.name))
             intended.append((google_crc32c.value(image), label))
         writer.close()
-    except RuntimeError as e:  # the writer's only one
+    except RuntimeError as e:  # the only exception that the writer raises
         raise UserError(f"{file} cannot be written: {str(e).splitlines()[0]}") from None
     try:
         shard, records = _read_back(file, name)
@@ -216,7 +217,7 @@ def _write_shard(
 
 
 def _prepare(item: Item, settings: Settings, classes: Sequence[str] | None) -> tuple[bytes, int]:
-    """The bytes to write and the label. Raises UserError where the item is none of an image and a label."""
+    """The bytes to write and the label. Raises UserError where an item is not an image with a label."""
     try:
         label = zero_based_label(item.label, settings.first_label)
     except ValueError as e:
@@ -235,6 +236,7 @@ def _prepare(item: Item, settings: Settings, classes: Sequence[str] | None) -> t
 
 
 def _read_back(file: Path, name: str) -> tuple[Shard, np.ndarray]:
+    """Scan a shard that was just written."""
     with file.open("rb") as f:
         rows = [(e.offset, e.length, google_crc32c.value(e.image), e.label) for e in array_record.scan(f)]
         return Shard(name, file.stat().st_size, checksum(f), len(rows)), np.array(rows, RECORD_DTYPE)
@@ -244,6 +246,7 @@ def _read_back(file: Path, name: str) -> tuple[Shard, np.ndarray]:
 
 
 def _journal(source: str, settings: Settings, listing: Listing) -> dict[str, Any]:
+    """The content of convert.json: whatever decides what the dataset will be."""
     folder, pattern = split_pattern(source)
     fields = asdict(settings)
     fields["classes"] = list(listing.classes) if listing.classes else None
@@ -252,7 +255,10 @@ def _journal(source: str, settings: Settings, listing: Listing) -> dict[str, Any
 
 
 def _check_destination(store: Store, journal: dict[str, Any]) -> dict[str, Object]:
-    """What is at the destination, where this conversion may begin (then nothing) or go on."""
+    """The objects at the destination if this conversion has begun there; none if it may begin.
+
+    Else raises UserError.
+    """
     objects = {obj.name: obj for obj in _list_destination(store)}
     if objects.keys() <= {JOURNAL}:
         return {}
@@ -287,7 +293,7 @@ def _part_name(number: int) -> str:
 
 
 def _finished_parts(store: Store, objects: dict[str, Object]) -> Iterator[WrittenPart]:
-    """Parts whose shards are there as they were written; one whose rows are damaged is written anew."""
+    """The parts whose shards are there as they were written. One whose rows are damaged is not among them."""
     for name in (name for name in objects if name.endswith(".part")):
         try:
             fields = json.loads(store.read(name))
@@ -312,7 +318,10 @@ def _check_apart(source: str, destination: str, kind: str) -> None:
 
 @contextmanager
 def _locked(destination: str) -> Iterator[Path]:
-    """A local folder for unfinished shards, from which they can be moved; one conversion at a time."""
+    """A local folder for unfinished shards, locked against other conversions to the same destination.
+
+    Where the destination is a folder, this is the destination itself, so that shards can be moved within it.
+    """
     if "://" in destination:
         with tempfile.TemporaryDirectory(prefix="podlaunch-") as scratch:
             yield Path(scratch)

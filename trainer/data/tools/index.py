@@ -1,4 +1,4 @@
-"""`launch data index`: the table of shards that are read where they lie."""
+"""`launch data index`: make the table of a dataset for shards that stay where they are."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from trainer.data.tools.shards import (
 
 @dataclass(frozen=True)
 class _Scanned:
+    """One scanned shard."""
+
     number: int
     shard: Shard
     records: np.ndarray
@@ -38,8 +40,9 @@ def index(
 ) -> Manifest:
     """Scan all shards and publish their table, beside them or at `destination`.
 
-    `begin` is told the number of shards and their bytes; what it returns, the records and bytes of each
-    shard that has been scanned. Raises UserError where a shard cannot be read whole.
+    `begin` is called with the number of shards and their bytes, and returns a function that is called with
+    the records and bytes of each shard once it is scanned. Raises UserError where a shard cannot be read
+    completely.
     """
     store, objects = list_shards(source)
     folder, pattern = split_pattern(source)
@@ -68,7 +71,7 @@ def index(
         raise UserError(f"{source}: the {len(shards)} shards hold no records")
     classes = before.classes if before else None
     if classes is not None and records["label"].max() >= len(classes):
-        classes = None  # of other shards
+        classes = None  # the older table was that of other shards
     return publish(
         table_store,
         format=name,
@@ -80,7 +83,7 @@ def index(
 
 
 def _older_table(table_store: Store, base: str | None) -> Manifest | None:
-    """The older table of the same shards. Raises UserError where that of others is in the way."""
+    """The manifest that the new table replaces, if any. Raises UserError if it is that of other shards."""
     try:
         manifest = parse_manifest(table_store.read(MANIFEST), table_store.url)
     except (FileNotFoundError, NotADirectoryError):

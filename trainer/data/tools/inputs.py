@@ -1,6 +1,7 @@
-"""What `launch data convert` can read: a folder a class, shards of the known formats, Hugging Face's Parquet.
+"""What `launch data convert` can read: a folder of images for each class, shards of the known formats, and
+the Parquet files of Hugging Face.
 
-An input is listed once, into parts that processes convert on their own, and read part by part.
+An input is listed once, and split into parts that processes convert independently of each other.
 """
 
 import hashlib
@@ -26,10 +27,10 @@ class Item(NamedTuple):
     """One image of an input."""
 
     image: bytes
-    """Encoded."""
+    """The encoded image."""
     label: int
     name: str
-    """For messages, and kept as image/filename."""
+    """For messages; kept in the dataset as image/filename."""
 
 
 class Part(Protocol):
@@ -39,13 +40,13 @@ class Part(Protocol):
     def num_bytes(self) -> int: ...
 
     def items(self) -> Iterator[Item]:
-        """Raises UserError where something cannot be read."""
+        """The images of this part. Raises UserError where something cannot be read."""
         ...
 
 
 @dataclass(frozen=True)
 class Listing:
-    """An input before anything of it is read."""
+    """The contents of an input, before any of it is read."""
 
     parts: tuple[Part, ...]
     classes: tuple[str, ...] | None
@@ -56,7 +57,7 @@ class Listing:
 def list_input(
     kind: str, source: str, *, classes: tuple[str, ...] | None, part_bytes: int, seed: int
 ) -> Listing:
-    """Raises UserError where the input is not what `kind` says."""
+    """List an input of one of KINDS. Raises UserError where it is not what `kind` says."""
     if kind == "imagefolder":
         return _list_folder(source, classes, part_bytes, seed)
     store, objects = list_shards(source)
@@ -82,11 +83,11 @@ def _digest(lines: Iterator[str]) -> str:
 
 @dataclass(frozen=True)
 class FolderPart:
-    """Image files of SOURCE/CLASS/."""
+    """Image files in the class folders of an imagefolder."""
 
     source: str
     files: tuple[tuple[str, int], ...]
-    """(CLASS/NAME, label)."""
+    """(CLASS/NAME, label) of each file."""
     num_bytes: int
 
     def items(self) -> Iterator[Item]:
@@ -117,16 +118,16 @@ def _list_folder(source: str, classes: tuple[str, ...] | None, part_bytes: int, 
             raise UserError(f"{root / name}: {name!r} is not among the {len(classes)} classes of --classes")
         files += [(file, labels[name], size) for file, size in _class_files(root, name)]
     digest = _digest(f"{name}\0{size}" for name, _, size in files)
-    # Folders are sorted by class, and training shuffles blocks of neighbours.
+    # Training shuffles blocks of neighbours, so neighbours must not all be of one class.
     random.Random(seed).shuffle(files)  # noqa: S311
     return Listing(tuple(_cut_into_parts(source, files, part_bytes)), classes, digest)
 
 
 def _class_files(root: Path, name: str) -> list[tuple[str, int]]:
-    """(CLASS/NAME, bytes) of the images of a class, by name."""
+    """(CLASS/NAME, size in bytes) of the images of a class, sorted by name."""
     files = []
     check_name(str(root.resolve() / name))
-    with os.scandir(root / name) as entries:  # a Path for each of a million files would take seconds more
+    with os.scandir(root / name) as entries:  # Path.iterdir() takes seconds longer for a million files
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
@@ -147,7 +148,7 @@ def _class_files(root: Path, name: str) -> list[tuple[str, int]]:
 
 
 def _cut_into_parts(source: str, files: list[tuple[str, int, int]], part_bytes: int) -> Iterator[FolderPart]:
-    """Parts of at least `part_bytes`, but for the last."""
+    """Parts of at least `part_bytes`; the last one may be smaller."""
     begin = size = 0
     for i, (_, _, file_size) in enumerate(files):
         size += file_size
@@ -179,7 +180,7 @@ class ShardPart:
 
 
 def _images_and_labels(kind: str, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Image and label of each record. Raises ValueError where the shard is damaged."""
+    """The image and the label of each record. Raises ValueError where the shard is damaged."""
     if kind == "parquet":
         return _parquet_images_and_labels(file)
     return ((entry.image, entry.label) for entry in FORMATS[kind].scan(file))
@@ -211,7 +212,7 @@ def _image_column(names: list[str]) -> str:
 
 
 def _parquet_classes(url: str, obj: Object) -> tuple[str, ...] | None:
-    """Class names as Hugging Face datasets keeps them in the file's schema, if it does."""
+    """The class names that Hugging Face's datasets library has written into the file's schema, if any."""
     parquet = _pyarrow_parquet()
     from pyarrow import ArrowException
 

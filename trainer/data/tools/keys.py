@@ -1,4 +1,4 @@
-"""`launch data order`: the samples that a host will train on, without reading one."""
+"""`launch data order`: which samples a host will train on, without reading one."""
 
 from collections.abc import Iterator
 from itertools import count, islice
@@ -16,17 +16,21 @@ class SampleKey(NamedTuple):
     """One sample of the training stream."""
 
     position: int
-    """In the stream, which goes on from epoch to epoch."""
+    """Its position in the stream, which goes on from epoch to epoch."""
     shard: str
     record: int
-    """In its shard."""
+    """Its number in its shard."""
     label: int
 
 
 def keys(
     config: RunConfig, *, hosts: int, host: int | None, start: int, num_keys: int
 ) -> Iterator[SampleKey]:
-    """The first keys at or after position `start` of host `host` of `hosts`; of all hosts where it is None."""
+    """The first `num_keys` samples from position `start` on that host `host` of `hosts` reads; all hosts' if
+    it is None.
+
+    Raises UserError where the source has no shards or `hosts` does not divide the batch.
+    """
     path, size = config.data.train.path, config.train.batch_size
     if path is None:
         raise UserError(f"data.source = {config.data.source} has no shards; only `records` has keys to show")
@@ -47,7 +51,8 @@ def _positions(order: Order, size: int, hosts: int, host: int | None, start: int
     if host is None:
         yield from count(start)
     assert host is not None
-    rows = np.arange(size // hosts) + host * (size // hosts)  # a host's devices hold neighbouring rows
+    # The devices of a host hold neighbouring rows of the batch.
+    rows = np.arange(size // hosts) + host * (size // hosts)
     for begin in count(start // size * size, size):
         stream = ProcessStream(order, begin, begin + size, size, rows)
         found = (stream.position(i) for i in range(len(stream)))

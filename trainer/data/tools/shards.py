@@ -1,4 +1,4 @@
-"""Whole shards, as the tools read them: found by an address, streamed in large ranges, checked."""
+"""Whole shards, as the tools read them: listed by an address, streamed in large ranges, verified."""
 
 import tempfile
 from collections import deque
@@ -17,12 +17,15 @@ from trainer.data.storage.request import RangeRequest
 from trainer.data.storage.store import Object, Store, checksum, open_store
 
 RANGE_BYTES = 8 << 20
+"""Size of the ranges in which a shard is streamed."""
 RANGES_AHEAD = 4
+"""Number of ranges that are requested before they are used."""
 REREADS = 2
+"""A shard that does not match its checksum is read again this often."""
 
 
 def split_pattern(url: str) -> tuple[str, str]:
-    """Folder and pattern of an address such as gs://bucket/imagenet/train-*; the pattern of a folder is `*`."""
+    """Folder and pattern of an address such as gs://bucket/imagenet/train-*; a folder alone has the pattern `*`."""
     folder, slash, last = url.rpartition("/")
     if any(character in last for character in "*?[") and not Path(url).exists():
         return folder if slash else ".", last
@@ -30,7 +33,7 @@ def split_pattern(url: str) -> tuple[str, str]:
 
 
 def list_shards(url: str) -> tuple[Store, list[Object]]:
-    """The objects at an address. Raises UserError where there are none."""
+    """The store and the objects at an address, which may end in a pattern. Raises UserError where there are none."""
     folder, pattern = split_pattern(url)
     store = open_store(folder)
     objects = [obj for obj in store.list() if fnmatchcase(obj.name, pattern)]
@@ -42,7 +45,7 @@ def list_shards(url: str) -> tuple[Store, list[Object]]:
 
 
 def check_name(path: str) -> None:
-    """Raises UserError where a name could not be written into a dataset."""
+    """Raise UserError where a name cannot be written into a dataset."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -50,12 +53,12 @@ def check_name(path: str) -> None:
 
 
 def canonical_address(url: str) -> str:
-    """The same text for each spelling of an address."""
+    """The same text for every spelling of an address."""
     return url.rstrip("/") if "://" in url else str(Path(url).resolve())
 
 
 def stream(requests: Iterable[RangeRequest]) -> Iterator[np.ndarray]:
-    """The payload of each range, read ahead of its use."""
+    """The payload of each range, uint8 (bytes,), requested ahead of its use."""
     with closing(Fetcher()) as fetcher:
         waiting: deque[Future[np.ndarray]] = deque()
         for request in requests:
@@ -68,11 +71,11 @@ def stream(requests: Iterable[RangeRequest]) -> Iterator[np.ndarray]:
 
 @contextmanager
 def open_verified(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
-    """An object as a file on this machine, and the crc32c of the whole of it.
+    """A shard as a local file, and the crc32c of the whole shard.
 
-    Raises UserError where the bytes that come are not those that the store has.
+    Raises UserError where the content received is not what the store has.
     """
-    if obj.crc32c is None:  # it is a file
+    if obj.crc32c is None:  # a local file, of which nobody knows the checksum
         with store.open(obj.name) as file:
             yield file, checksum(file)
         return
@@ -90,7 +93,7 @@ def open_verified(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def zero_based_label(label: int, first_label: int) -> int:
-    """A label, counted from 0. Raises ValueError where it is none then."""
+    """A label counted from 0. Raises ValueError where that is no valid label."""
     counted = label - first_label
     if not 0 <= counted < 2**31:
         less = f" less --first-label {first_label}" if first_label else ""

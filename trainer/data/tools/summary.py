@@ -1,4 +1,4 @@
-"""`launch data inspect`: what a dataset holds, in figures and as a contact sheet."""
+"""`launch data inspect`: the contents of a dataset in figures, and as a contact sheet."""
 
 import io
 from contextlib import closing
@@ -15,26 +15,28 @@ from trainer.data.tools.verify import find_fault
 from trainer.grid import captioned_grid
 
 TILE = 128
+"""Side of an image on the contact sheet, in pixels."""
 CAPTION_CHARACTERS = 20
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a dataset that need its table alone."""
+    """Figures on a dataset that its table alone gives."""
 
     num_bytes: int
-    """Of the encoded images."""
+    """Total size of the encoded images."""
     smallest: int
     mean: float
     largest: int
-    """Bytes of an image."""
+    """Smallest, mean and largest size of an image in bytes."""
     counts: np.ndarray
-    """(labels,) int64: images of each label from 0 to the largest."""
+    """(labels,) int64: the number of images of each label, from 0 to the largest."""
     sorted_by_class: bool
-    """Whether most neighbours share a class, by far more than chance would have it."""
+    """Whether most neighbours share a class, far more often than by chance."""
 
 
 def summarize(dataset: Dataset) -> Summary:
+    """The figures of a dataset."""
     lengths, labels = dataset.records["length"], dataset.records["label"].astype(np.int64)
     counts = np.bincount(labels, minlength=len(dataset.manifest.classes or ()))
     by_chance = float(np.square(counts / len(labels)).sum())
@@ -50,9 +52,10 @@ def summarize(dataset: Dataset) -> Summary:
 
 
 def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
-    """Draw `count` images, taken at even distances, with their classes, as PNG; how many there were.
+    """Draw up to `count` images, evenly spaced in the dataset, with their classes, to a PNG. Returns how many
+    there were.
 
-    Raises UserError where one is damaged.
+    Raises UserError where one of them is damaged.
     """
     from trainer.data.pixels.decode import decode
 
@@ -74,7 +77,7 @@ def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
 
 
 def _read(dataset: Dataset, indices: np.ndarray) -> list[bytes]:
-    """Single records."""
+    """The encoded images of single records."""
     with closing(Fetcher()) as fetcher:
         futures = [fetcher.submit(dataset.request(int(i), int(i))) for i in indices]
         return [future.result().tobytes() for future in futures]

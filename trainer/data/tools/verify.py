@@ -1,4 +1,4 @@
-"""`launch data verify`: each record's checksum, and whether it decodes."""
+"""`launch data verify`: whether each record matches its checksum, and whether it decodes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,26 +21,30 @@ class BadRecord:
 
     shard: str
     record: int
-    """In its shard."""
+    """Its number in its shard."""
     offset: int
-    """In bytes of the shard."""
+    """Where it begins in its shard, in bytes."""
     reason: str
 
 
 @dataclass(frozen=True)
 class _ShardTask:
-    """What a process needs to verify one shard."""
+    """All that a process needs to verify one shard."""
 
     url: str
     format: str
     obj: Object
     rows: np.ndarray
+    """The shard's rows of the table, (records,) RECORD_DTYPE."""
 
 
 def verify(
     dataset: Dataset, *, decode: bool, jobs: int, progress: Callable[[int, int], None]
 ) -> list[BadRecord]:
-    """Read all records; the bad ones, in their order. `progress` is told records and bytes as they are done."""
+    """Read all records and return the bad ones, in order.
+
+    `progress` is called with the records and the bytes of each shard as it is done.
+    """
     manifest, first = dataset.manifest, dataset.shard_starts
     tasks = [
         _ShardTask(dataset.store.url, manifest.format, obj, dataset.records[first[i] : first[i + 1]])
@@ -54,7 +58,7 @@ def verify(
 
 
 def _verify_shard(decode: bool, task: _ShardTask) -> tuple[int, int, list[BadRecord]]:
-    """Records, bytes, and what is bad of one shard."""
+    """The number of records and of bytes of one shard, and its bad records."""
     rows, store = task.rows, open_store(task.url)
     bad = []
     runs = list(_neighbours(rows))
@@ -69,7 +73,7 @@ def _verify_shard(decode: bool, task: _ShardTask) -> tuple[int, int, list[BadRec
 
 
 def _neighbours(rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Neighbouring records that are read at once."""
+    """Neighbouring records that are read by one request, as (first, after the last)."""
     begin = 0
     ends = rows["offset"] + rows["length"]
     for i in range(1, len(rows) + 1):
@@ -79,13 +83,13 @@ def _neighbours(rows: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _request(store: Store, task: _ShardTask, first: np.void, last: np.void) -> RangeRequest:
-    """The range from one record to another."""
+    """The request for the records from `first` to `last`."""
     offset, end = int(first["offset"]), int(last["offset"]) + int(last["length"])
     return RangeRequest(store, task.obj, offset, end - offset, FORMATS[task.format].FRAMING)
 
 
 def find_fault(image: bytes, crc32c: int, decode: bool) -> str | None:
-    """What is bad of an image, if anything."""
+    """What is wrong with an image, or None."""
     actual = google_crc32c.value(image)
     if actual != crc32c:
         return f"its crc32c is {actual:08x}, not {crc32c:08x}"

@@ -1,7 +1,8 @@
-"""Containers of records: where in a shard each encoded image lies, and its label.
+"""The formats of shards: where in a shard each encoded image lies, and its label.
 
-A new format is one file here, with SUFFIXES, FRAMING and scan, and one line in FORMATS. Formats are
-scanned once, into the table of trainer/data/storage/dataset.py; training reads by that table alone.
+A new format is one file here, with SUFFIXES, FRAMING and scan, and one line in FORMATS. Shards are scanned
+once, into the table of a dataset (trainer/data/storage/dataset.py); training reads by that table and knows no
+format.
 """
 
 import re
@@ -24,17 +25,17 @@ _NUMBERING = re.compile(r"-\d+-of-\d+$")
 
 
 def format_of(name: str) -> str | None:
-    """The format that a shard's name tells, if any."""
+    """The format that the name of a shard says, or None."""
     stem = _NUMBERING.sub("", name)
     for format_name, module in FORMATS.items():
         if stem.endswith(module.SUFFIXES):
             return format_name
-    # Those of the first ImageNet scripts: train-00000-of-01024.
+    # TFRecords of the first ImageNet scripts have no suffix: train-00000-of-01024.
     return "tfrecord" if stem != name and "." not in stem else None
 
 
 def detect_format(names: Iterable[str]) -> str:
-    """The one format of shards so named; names of other files are passed over.
+    """The one format of all shards among these names. Other files are ignored.
 
     Raises UserError where there is no shard, a compressed one, or more than one format.
     """

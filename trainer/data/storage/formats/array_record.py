@@ -1,9 +1,9 @@
-"""ArrayRecord files of tf.train.Example: what `launch data convert` writes, and upstream Grain reads.
+"""ArrayRecord files of tf.train.Example: what `launch data convert` writes, and what Grain itself reads, too.
 
-A Riegeli file (https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md): chunks,
-with 24 bytes of header before each 64 KiB block, here called frames. With group_size:1,uncompressed a chunk
-holds one record as it is. The last 64 KiB are ArrayRecord's postscript, which says where the records end
-(https://github.com/google/array_record/blob/main/cpp/layout.proto).
+They are Riegeli files (https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md):
+chunks, with 24 bytes of header before each 64 KiB block, here called framing. With group_size:1,uncompressed
+a chunk holds one record as it is. The last 64 KiB are ArrayRecord's postscript, which says where the records
+end (https://github.com/google/array_record/blob/main/cpp/layout.proto).
 """
 
 import struct
@@ -17,12 +17,17 @@ SUFFIXES = (".array_record", ".arrayrecord")
 FRAMING = Framing(1 << 16, 24)
 OPTIONS = "group_size:1,uncompressed"
 _PAYLOAD = FRAMING.period - FRAMING.header
-_CHUNK_HEADER = struct.Struct("<8xQ8xQQ")  # hashes, which are HighwayHash, are left to upstream's reader
+# The skipped bytes are HighwayHash checksums, for which there is no Python package; the table has a crc32c
+# instead.
+_CHUNK_HEADER = struct.Struct("<8xQ8xQQ")
 _MAGIC = 0x71930E704FDAE05E
 
 
 def scan(file: BinaryIO) -> Iterator[ScannedRecord]:
-    """Positions in here are those of the payload, as if there were no frames, unless called offsets."""
+    """The records of a shard, as Format.scan says.
+
+    Positions here count the payload, as if there were no framing; an `offset` is one in the file.
+    """
     at, stop = 0, _payload_position(_footer_offset(file))
     while at < stop:
         size, type_and_count, decoded_size = _CHUNK_HEADER.unpack(_read(file, at, _CHUNK_HEADER.size))
@@ -59,17 +64,19 @@ def _entry(record: bytes, at: int) -> ScannedRecord:
 
 
 def _file_offset(position: int) -> int:
-    """Offset in the file of a byte of the payload."""
+    """The offset in the file of a byte of the payload."""
     block, rest = divmod(position, _PAYLOAD)
     return block * FRAMING.period + FRAMING.header + rest
 
 
 def _payload_position(offset: int) -> int:
+    """The position in the payload of a byte of the file; for a byte of a header, that of the byte after the header."""
     block, rest = divmod(offset, FRAMING.period)
     return block * _PAYLOAD + max(0, rest - FRAMING.header)
 
 
 def _read(file: BinaryIO, position: int, size: int) -> bytes:
+    """Read `size` bytes of the payload. Raises ValueError where the file ends before."""
     offset = _file_offset(position)
     length = _file_offset(position + size - 1) + 1 - offset if size else 0
     file.seek(offset)
@@ -80,7 +87,10 @@ def _read(file: BinaryIO, position: int, size: int) -> bytes:
 
 
 def _footer_offset(file: BinaryIO) -> int:
-    """Where the records end. It stands in the last block, in equal records of the one chunk there."""
+    """Where the records end, in bytes of the file.
+
+    The last block says so, in equal records of the only chunk there. Raises ValueError where it does not.
+    """
     size = file.seek(0, 2)
     if size >= 2 * FRAMING.period and size % FRAMING.period == 0:
         at = _payload_position(size - FRAMING.period)

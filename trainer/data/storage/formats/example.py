@@ -1,8 +1,8 @@
-"""tf.train.Example by its wire format, so that neither TensorFlow nor a schema is needed.
+"""tf.train.Example, read and written by its wire format, so that neither TensorFlow nor a schema is needed.
 
 An Example is a map from names to lists of bytes, floats or integers
 (https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/example/example.proto,
-https://protobuf.dev/programming-guides/encoding). Names are those of TFDS and of the ImageNet scripts.
+https://protobuf.dev/programming-guides/encoding). The names are those of TFDS and of the ImageNet scripts.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class ImageSpan(NamedTuple):
 
 
 def find_image(record: bytes) -> ImageSpan:
-    """The image and the label of an Example. Raises ValueError where there is not one of each."""
+    """The image and the label of a serialized Example. Raises ValueError unless it has exactly one of each."""
     spans = dict(_features(record))
     image, label = _first_present(spans, IMAGE_KEYS), _first_present(spans, LABEL_KEYS)
     lists = [span for number, _, *span in _fields(record, *image) if number == 1]  # of bytes
@@ -34,7 +34,7 @@ def find_image(record: bytes) -> ImageSpan:
 
 
 def serialize(image: bytes, label: int, *, text: str | None = None, filename: str | None = None) -> bytes:
-    """A serialized Example of one encoded image."""
+    """A serialized Example of one encoded image. `text` is the name of its class."""
     features = [
         _feature(b"image/encoded", 1, _field(1, image)),
         _feature(b"image/class/label", 3, _field(1, _varint(label))),
@@ -46,7 +46,7 @@ def serialize(image: bytes, label: int, *, text: str | None = None, filename: st
 
 
 def _features(record: bytes) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """The name and the span of each Feature of an Example."""
+    """The name of each Feature of an Example, and the span of its value."""
     for number, _, *features in _fields(record, 0, len(record)):
         for inner, _, *entry in _fields(record, *features) if number == 1 else ():
             span = {n: (a, b) for n, _, a, b in _fields(record, *entry)} if inner == 1 else {}
@@ -55,12 +55,13 @@ def _features(record: bytes) -> Iterator[tuple[bytes, tuple[int, int]]]:
 
 
 def varints(message: bytes) -> dict[int, int]:
-    """The integers of any message, by field number."""
+    """The integer fields of any serialized message, by field number."""
     fields = _fields(message, 0, len(message))
     return {n: _read_varint(message, start)[0] for n, wire, start, _ in fields if wire == _VARINT}
 
 
 def _first_present(spans: dict[bytes, tuple[int, int]], keys: tuple[bytes, ...]) -> tuple[int, int]:
+    """The value of the first of `keys` that is in `spans`."""
     for key in keys:
         if key in spans:
             return spans[key]
@@ -70,7 +71,8 @@ def _first_present(spans: dict[bytes, tuple[int, int]], keys: tuple[bytes, ...])
 
 def _integer(record: bytes, start: int, stop: int) -> int:
     for number, _, a, b in _fields(record, start, stop):
-        if number == 3:  # a list of int64, packed or not: the first field's bytes begin with the first value
+        # Field 3 is a list of int64. Packed or not, its bytes begin with the first value.
+        if number == 3:
             for _, _, first, _ in _fields(record, a, b):
                 value, _ = _read_varint(record, first)
                 return value - (1 << 64) if value >> 63 else value
@@ -78,7 +80,7 @@ def _integer(record: bytes, start: int, stop: int) -> int:
 
 
 def _fields(data: bytes, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """(number, wire type, start, stop) of the fields in data[at:stop]; the span is that of the value."""
+    """(number, wire type, start, stop) of the fields in data[at:stop]. Start and stop are those of the value."""
     while at < stop:
         tag, at = _read_varint(data, at)
         wire, start = tag & 7, at
@@ -97,7 +99,7 @@ def _fields(data: bytes, at: int, stop: int) -> Iterator[tuple[int, int, int, in
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """A varint and where it ends."""
+    """The integer at byte `at`, and where it ends."""
     value = shift = 0
     while at < len(data) and shift < 70:
         byte = data[at]
@@ -121,5 +123,5 @@ def _field(number: int, value: bytes) -> bytes:
 
 
 def _feature(name: bytes, kind: int, values: bytes) -> bytes:
-    """An entry of the map: name to Feature, whose field `kind` is the list."""
+    """One entry of the map: a name and its Feature, in which the list is field `kind`."""
     return _field(1, _field(1, name) + _field(2, _field(kind, values)))

@@ -1,31 +1,31 @@
-"""What a format's module gives: the records of one shard, and how to read their bytes in place."""
+"""What the module of a format provides: the records of a shard, and how to read their bytes in place."""
 
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, Protocol
 
 
 class ScannedRecord(NamedTuple):
-    """One record as a scan finds it."""
+    """One record of a shard, as a scan finds it."""
 
     offset: int
-    """Of the image's first byte in the shard."""
+    """Where the image begins in the shard, in bytes."""
     length: int
-    """Bytes from there to the image's last, framing included."""
+    """Number of bytes from the image's first to its last, framing included."""
     label: int
     image: bytes
-    """The encoded image, without framing."""
+    """The encoded image without framing."""
 
 
 class Framing(NamedTuple):
-    """Bytes of the container itself amid those of a record: each multiple of `period` begins with `header`."""
+    """Bytes that the container inserts into records: a header at each multiple of `period`."""
 
     period: int
-    """In bytes of the shard."""
+    """Distance of the headers, in bytes of the shard."""
     header: int
-    """In bytes."""
+    """Size of a header in bytes."""
 
     def strip(self, data: bytes, offset: int) -> bytes:
-        """The payload of `data`, which lies at byte `offset` of the shard and begins outside of a header."""
+        """Remove the framing from `data`, which lies at byte `offset` of the shard, outside of a header."""
         first = -offset % self.period
         if first >= len(data):
             return data
@@ -34,12 +34,13 @@ class Framing(NamedTuple):
 
 
 class Format(Protocol):
-    """What a format's module holds."""
+    """The contents of a format's module."""
 
     SUFFIXES: tuple[str, ...]
-    """Endings of its shards' names, before any -00000-of-01024."""
+    """Endings of the names of shards; a numbering as in -00000-of-01024 may follow them."""
     FRAMING: Framing | None
+    """None where records are stored in one piece."""
 
     def scan(self, file: BinaryIO) -> Iterator[ScannedRecord]:
-        """The records of a shard, in order. Raises ValueError, with the byte, where it is damaged or cut off."""
+        """The records of a shard, in order. Raises ValueError, with the byte, where the shard is damaged or cut off."""
         ...

@@ -1,6 +1,6 @@
-"""TFRecord files of tf.train.Example, read in place: the ImageNet of TFDS and of the TPU world.
+"""TFRecord files of tf.train.Example, as TFDS and the ImageNet scripts for TPUs write them.
 
-A record is a length (uint64), its masked crc32c, the data and its masked crc32c, all little-endian
+A record is a length (uint64), its masked crc32c, the data, and the data's masked crc32c, all little-endian
 (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details).
 """
 
@@ -19,6 +19,7 @@ _HEADER = struct.Struct("<QI")
 
 
 def scan(file: BinaryIO) -> Iterator[ScannedRecord]:
+    """The records of a shard, as Format.scan says. Every checksum is verified."""
     at = 0
     while header := file.read(_HEADER.size):
         if at == 0 and header[:2] == b"\x1f\x8b":
@@ -46,6 +47,6 @@ def scan(file: BinaryIO) -> Iterator[ScannedRecord]:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """crc32c rotated and shifted by a constant, since a checksum of data that holds checksums is weak."""
+    """crc32c, rotated and with a constant added. TFRecord does so because a crc of data that contains crcs is weak."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,6 +1,6 @@
-"""WebDataset tars, read in place: neighbouring members of one key are a sample.
+"""WebDataset tars, read in place: neighbouring members with the same key are one sample.
 
-The key is a member's path up to the first dot of its base name; what follows says what it holds
+The key is a member's path up to the first dot of its base name; the extension says what the member holds
 (https://github.com/webdataset/webdataset#the-webdataset-format).
 """
 
@@ -18,19 +18,20 @@ IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
 
 
 def scan(file: BinaryIO) -> Iterator[ScannedRecord]:
+    """The records of a shard, as Format.scan says."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             files = (m for m in tar if m.isfile() and not m.name.rpartition("/")[2].startswith("."))
             for key, members in groupby(files, key=lambda member: _split(member.name)[0]):
                 yield _sample(file, key, list(members))
-                tar.members = []  # type: ignore[attr-defined]  # it would keep all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member in memory
             _check_end(file, tar.offset)
     except tarfile.TarError as e:
         raise ValueError(f"it is no tar file, or is cut off at byte {file.seek(0, 2):,} ({e})") from None
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extension of a member."""
+    """The key and the extension of a member's name."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
@@ -52,7 +53,7 @@ def _label(file: BinaryIO, key: str, members: dict[str, tarfile.TarInfo]) -> int
         if "json" in members:
             fields = json.loads(_read(file, members["json"]))
             label = fields["label"] if "label" in fields else fields["cls"]
-            if type(label) in (int, str):  # int() would take 2.7 and true, too
+            if type(label) in (int, str):  # int() would accept 2.7 and true, too
                 return int(label)
             raise TypeError
     except (ValueError, TypeError, KeyError):
@@ -69,7 +70,10 @@ def _read(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def _check_end(file: BinaryIO, at: int) -> None:
-    """tarfile takes any bytes that are no header for the end; the true one is a block of zeros."""
+    """Raise ValueError unless the archive ends at byte `at`.
+
+    tarfile takes any bytes that are no header for the end of the archive; the true end is a block of zeros.
+    """
     file.seek(at)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise ValueError(
