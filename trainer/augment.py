@@ -6,6 +6,7 @@ off is not part of the compiled program.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +31,20 @@ def augment(
     but for a label of -1 all are 0, and such a row is never mixed with another.
     """
     settings = config.augment
+    # Always all four, so that turning one augmentation on leaves the draws of the others as they are.
     flip_key, jitter_key, erasing_key, mix_key = jax.random.split(key, 4)
     if settings.flip:
+        # On uint8, which is a quarter of the bytes to move.
         mirrored = jax.random.bernoulli(flip_key, 0.5, (images.shape[0], 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
     pixels = _color_jitter(images.astype(jnp.float32) / 255, settings, jitter_key)
     pixels = _standardise(pixels, config.data)
+    # After standardising, when 0 is the mean colour.
     if settings.erasing:
         pixels = jnp.where(
             _erasing_mask(pixels.shape[:3], settings.erasing, erasing_key)[..., None], 0, pixels
         )
+    # Smoothed before mixing, which is linear, so the order of the two makes no difference.
     targets = optax.smooth_labels(
         jax.nn.one_hot(labels, config.model.num_classes), config.train.label_smoothing
     )
@@ -67,7 +72,7 @@ def _color_jitter(pixels: jax.Array, settings: AugmentConfig, key: jax.Array) ->
 
     Each blends the image with another one: with black, with its mean grey, and with its grey version.
     """
-    others = (jnp.zeros_like, lambda x: _exact_mean(_grey(x)), _grey)
+    others: list[Callable[[jax.Array], jax.Array]] = [jnp.zeros_like, lambda x: _exact_mean(_grey(x)), _grey]
     for other, spread, draw_key in zip(others, settings.color_jitter, jax.random.split(key, 3), strict=True):
         if spread:
             shape = (len(pixels), 1, 1, 1)
@@ -100,6 +105,8 @@ def _erasing_mask(shape: tuple[int, ...], probability: float, key: jax.Array) ->
     if none fits, nothing is.
     """
     batch, height, width = shape
+    # All ten tries are drawn and the first that fits is selected, because a compiled program has no early
+    # end.
     draws = jax.random.uniform(key, (batch, 4 * ERASING_TRIES + 1))
     area, log_ratio, top, left = draws[:, 1:].reshape(batch, 4, ERASING_TRIES).swapaxes(0, 1)
     area = height * width * (ERASED_AREA[0] + area * (ERASED_AREA[1] - ERASED_AREA[0]))
@@ -108,6 +115,7 @@ def _erasing_mask(shape: tuple[int, ...], probability: float, key: jax.Array) ->
     h, w = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
     fits = (h < height) & (w < width)
     top, left = jnp.floor(top * (height - h + 1)), jnp.floor(left * (width - w + 1))
+    # The argmax of booleans is the first true one.
     first = jnp.argmax(fits, axis=1)[:, None]
     box = [jnp.take_along_axis(x, first, 1)[:, 0] for x in (top, left, top + h, left + w)]
     erased = (draws[:, 0] < probability) & fits.any(1)
@@ -139,6 +147,7 @@ def _mix_pairs(
         own_pixels = own_label = _symmetric_beta(mixup_key, settings.mixup, pairs)[:, None, None]
     if settings.cutmix:
         kept = 1.0 - _cutmix_mask(pairs, height, width, settings.cutmix, cutmix_key)
+        # As timm does for both: either is chosen with the same probability.
         cuts = jax.random.bernoulli(choice_key, 0.5, (pairs, 1, 1)) if settings.mixup else True
         own_pixels = jnp.where(cuts, kept, own_pixels)
         # The edge of the image may cut the rectangle off, so the weight of the label is the area really

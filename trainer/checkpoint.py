@@ -102,6 +102,7 @@ class Checkpointer:
             self._directory.mkdir(parents=True, exist_ok=True)
             _clear_unfinished(self._directory)
             _set_damaged_aside(self._directory, self._store)
+        # Only process 0 renames and removes; the others must not look before it has finished.
         wait_for_all("checkpoints verified")
         self.scores: dict[int, float] = _read_scores(self._store)
         self._manager = ocp.CheckpointManager(
@@ -146,6 +147,8 @@ class Checkpointer:
         """Block until the last save is on disk."""
         while self._saving_step is not None:
             self.poll()
+            # Polled, because Orbax's own wait would not raise an error of the saving thread before its time
+            # limit.
             time.sleep(0.01)
         if self._checksummer is not None:
             self._checksummer.join()
@@ -179,6 +182,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
         step, self._saving_step = self._saving_step, None
         if jax.process_index() == 0:
+            # In a thread of its own, because it reads all that was written.
             self._checksummer = threading.Thread(
                 target=_write_checksums, args=(self._directory, self._store, step), name="checksums"
             )

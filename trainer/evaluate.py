@@ -41,6 +41,7 @@ def evaluate(
     classified images are kept.
     """
     in_flight: list[tuple[Batch, jax.Array, jax.Array]] = []
+    # float64, because float32 loses digits in the sum over a large split.
     totals = np.zeros(len(EvalSums._fields))
     mistakes: list[tuple[np.ndarray, str]] = []
 
@@ -53,6 +54,7 @@ def evaluate(
 
     for batch in batches:
         in_flight.append((batch, *step(leaves, batch, requests())))
+        # Reading the sums waits for the devices, which by then have the next batches queued.
         if len(in_flight) > MAX_BATCHES_IN_FLIGHT and collect():
             return None
     while in_flight:

@@ -93,6 +93,7 @@ class _Training:
     ):
         self.config, self.steps, self.report = config, steps, report
         self.stopwatch = Stopwatch()
+        # Not rounded: a batch may reach over the end of an epoch.
         self.steps_per_epoch = num_examples(config.data)[0] / config.train.batch_size
 
         report(phase="opening data")
@@ -119,13 +120,9 @@ class _Training:
 
         self.tensorboard = self._open_tensorboard(directory)
         # The first batches are made while the step compiles.
-        self.batches = train_batches(
-            config,
-            self.train_split,
-            batch_sharding(self.mesh),
-            position=self.start_step * config.train.batch_size,
-            steps=steps - self.start_step,
-        )
+        position, rest = self.start_step * config.train.batch_size, steps - self.start_step
+        sharding = batch_sharding(self.mesh)
+        self.batches = train_batches(config, self.train_split, sharding, position=position, steps=rest)
         self.save_schedule = _SaveSchedule(config, steps, self.steps_per_epoch)
         self.make_requests = _request_maker(self.mesh, self.save_schedule.requests_save, stop_requested)
         report(phase="compiling", step=self.start_step, start=self.start_step, steps=steps)
@@ -139,6 +136,7 @@ class _Training:
 
         self.in_flight: deque[tuple[int, jax.Array]] = deque()
         self.interval = LogInterval(config.train.batch_size, self.stopwatch)
+        # The newest figures of each kind, for result.json.
         self.metrics: dict[str, float] = {}
         self.stopping = False
         """Whether all processes have agreed to stop."""
@@ -155,6 +153,8 @@ class _Training:
         started = time.perf_counter()
         self.interval.reset()
         while self.step < self.steps and not self.stopping:
+            # The first batch and the first step include filling pipelines and loading programs: they count as
+            # start-up.
             first = self.step == self.start_step
             with self.stopwatch.span("first_batch" if first else "data_wait"):
                 batch = next(self.batches)
@@ -170,6 +170,7 @@ class _Training:
                 # The first step has waited for the pipeline to fill; images per second count from here.
                 started = time.perf_counter()
                 self.interval.reset()
+            # A save that failed in the background ends the run at the next step, not at its end.
             self.checkpoints.poll()
             if self.save_schedule.save_due(self.step) or self.stopping:
                 self.save()
@@ -185,6 +186,8 @@ class _Training:
         seconds = time.perf_counter() - started - self.stopwatch.seconds["evaluation"]
         steps = max(self.step - self.start_step - 1, 0)
         return Outcome(
+            # A stop during the last evaluation leaves a run without its result; it evaluates when it is
+            # launched again.
             status="completed"
             if self.step == self.steps and self.step in self.checkpoints.scores
             else "stopped",
@@ -281,6 +284,7 @@ class _Training:
         self.tensorboard.images(0, "train/inputs", fetch_local_rows(batch.images)[:n], labels)
 
     def _raise_non_finite(self, step: int, metrics: StepMetrics) -> NoReturn:
+        # The last good state may still be on its way to disk.
         self.checkpoints.wait()
         self.tensorboard.close()
         kept = self.checkpoints.latest_step
@@ -293,6 +297,7 @@ class _Training:
 
     def _restore(self, abstract: TrainState) -> TrainState:
         state, saved = self.checkpoints.restore(self.start_step, abstract)
+        # With other data the position in the order of samples would mean something else.
         digest, seed = self.train_split.digest, self.config.train.seed
         if (saved.digest, saved.seed) != (digest, seed):
             raise UserError(
@@ -319,6 +324,7 @@ class _SaveSchedule:
         return self.save_agreed or self.evaluation_due(step) or (every is not None and step % every == 0)
 
     def evaluation_due(self, step: int) -> bool:
+        # The interval may be a fraction of steps: evaluate at the first step at or after each multiple of it.
         return step == self._steps or step // self._eval_interval > (step - 1) // self._eval_interval
 
     def requests_save(self) -> bool:

@@ -14,6 +14,8 @@ BARRIER_SECONDS = 1800
 
 def make_mesh(batch: int, model: int) -> Mesh:
     """All devices of the run as a (batch, model) mesh, in an order that suits their interconnect."""
+    # Auto: the compiler propagates the shardings of a step's inputs through it, so networks need no
+    # annotations.
     return jax.make_mesh((batch, model), (BATCH, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -42,6 +44,8 @@ def weight_sharding(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     """
     size = mesh.shape[MODEL]
     if jnp.issubdtype(leaf.dtype, jnp.floating):
+        # Channels only. If the height or width of a kernel were split, each convolution would need its
+        # neighbour's part.
         for dim in range(leaf.ndim - 1, max(leaf.ndim - 3, -1), -1):
             if leaf.shape[dim] % size == 0:
                 return NamedSharding(mesh, P(*[None] * dim, MODEL))

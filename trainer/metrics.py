@@ -66,6 +66,7 @@ class LogInterval:
             for activity, seconds in self._stopwatch.seconds.items()
         }
         elapsed = time.perf_counter() - self._begun - spent.get("evaluation", 0.0)
+        # What the loop does between waiting and saving is to wait for the devices.
         data_wait = spent.get("data_wait", 0.0)
         checkpoint = spent.get("checkpoint", 0.0)
         return {
@@ -102,6 +103,7 @@ class TensorBoard:
         if logdir.startswith("gs://"):
             self._uploader = Uploader(logdir)
             logdir = str(self._uploader.folder)
+        # Flushed often, so that TensorBoard shows a run within seconds of what happens.
         self._writer = SummaryWriter(logdir, flush_secs=5, purge_step=start + 1 if start else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

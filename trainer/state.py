@@ -47,6 +47,7 @@ class Network:
 
     def __init__(self, config: ModelConfig):
         self._config = config
+        # Shapes are all that is needed here, so nothing is computed and no memory is used.
         model = nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0)))
         self._graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
         self._structures = [jax.tree.structure(params), jax.tree.structure(batch_stats)]
@@ -95,6 +96,8 @@ def make_schedule(
         "linear": optax.linear_schedule(peak, final, decay_steps),
         "constant": optax.constant_schedule(peak),
     }[schedule.name]
+    # Without warm-up the first of the two is never used. It still has a step, because optax complains of
+    # none.
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
 
 
@@ -108,11 +111,14 @@ def make_optimizer(
     """
 
     def kernels(params: Weights) -> dict[str, bool]:
+        # Kernels are the only weights with more than one dim.
         return {name: p.ndim > 1 for name, p in params.items()}
 
+    # Clipping comes first, so that weight decay is not part of the norm.
     chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     if config.name == "sgd":
         chain += [
+            # Before momentum: the decay is part of the gradient, as in PyTorch's SGD.
             optax.add_decayed_weights(config.weight_decay, kernels),
             optax.sgd(schedule, config.momentum or None, config.nesterov),
         ]

@@ -69,11 +69,13 @@ def make_train_step(
 
     def step(leaves: list[jax.Array], batch: Batch, requests: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         state: TrainState = jax.tree.unflatten(structure, leaves)
+        # A function of the step alone, so that a resumed run draws what an uninterrupted one would have
+        # drawn.
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         examples = augment(batch.images, batch.labels, key, config)
         batch_stats, (*sums, counted) = _sum_gradients(network, state, examples, config.train.accumulate)
         # Divided after the sum over devices and micro-batches, so each counted row has the same weight
-        # wherever it is.
+        # wherever it is. Where no row counts, the division is by 1, and the gradient stays 0.
         grads, loss, accuracy = jax.tree.map(lambda x: x / jnp.maximum(counted, 1), sums)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -85,6 +87,7 @@ def make_train_step(
             decay = jnp.minimum(config.train.ema_decay, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update({**params, **batch_stats}, ema, 1 - decay)
         new = TrainState(state.step + 1, state.key, params, batch_stats, opt_state, ema)
+        # After this sum all processes read the same, whatever each of them has asked for.
         save, stop = requests.sum(0)
         metrics = [
             loss,
@@ -101,6 +104,7 @@ def make_train_step(
         step,
         in_shardings=(shardings, batch_sharding(mesh), per_device_sharding(mesh)),
         out_shardings=(shardings, replicated_sharding(mesh)),
+        # Large models do not have room for two states.
         donate_argnums=0,
     )
 
@@ -116,6 +120,7 @@ def make_eval_step(config: RunConfig, network: Network, abstract: Weights, mesh:
     def step(leaves: list[jax.Array], batch: Batch, requests: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights = jax.tree.unflatten(structure, leaves)
         logits, _ = network.apply(weights, normalise(batch.images, config.data), train=False)
+        # A label of -1 is outside of the classes, so its loss is computed for class 0 and then dropped.
         counted = batch.labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels, 0))
         predictions = logits.argmax(-1).astype(jnp.int32)
@@ -145,10 +150,12 @@ def _sum_gradients(
     def loss_fn(
         params: Weights, batch_stats: Weights, images: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, tuple[Weights, jax.Array, jax.Array]]:
+        # A sum and not a mean, because micro-batches may differ in the number of rows that count.
         logits, batch_stats = network.apply({**params, **batch_stats}, images, train=True)
         # The targets of a row that does not count are all 0, and so is its loss.
         loss = optax.softmax_cross_entropy(logits, targets).sum()
         counted = targets.any(-1)
+        # Mixed targets have two classes; the one with the larger weight is the one to predict.
         correct = counted & (logits.argmax(-1) == targets.argmax(-1))
         return loss, (batch_stats, correct.sum(dtype=jnp.float32), counted.sum(dtype=jnp.float32))
 
@@ -162,10 +169,12 @@ def _sum_gradients(
         batch_stats, sums = micro_step(carry[0], micro)
         return (batch_stats, jax.tree.map(jnp.add, carry[1], sums)), None
 
+    # Without a scan, whose loop would keep the compiler from optimising across it.
     if num_micro_batches == 1:
         return micro_step(state.batch_stats, examples)
     zeros: Any = (jax.tree.map(jnp.zeros_like, state.params), *[jnp.zeros(())] * 3)
     micro_batches = [_split_micro_batches(x, num_micro_batches) for x in examples]
+    # In a scan only one micro-batch has its activations in memory at a time.
     return jax.lax.scan(add, (state.batch_stats, zeros), micro_batches)[0]
 
 

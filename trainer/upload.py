@@ -41,12 +41,14 @@ class Uploader:
         self.folder = Path(self._local.name)
         self._states: dict[Path, _UploadState] = {}
         self._closing = threading.Event()
+        # A daemon thread, because a training that fails must be able to exit.
         self._thread = threading.Thread(target=self._run, name="tensorboard upload", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Upload the last records, then remove the local folder."""
         self._closing.set()
+        # The thread may have been amid an upload; the call after it sends what was written since.
         self._thread.join()
         self._try_send()
         self._local.cleanup()
@@ -82,6 +84,7 @@ class Uploader:
                 content[:end], "application/octet-stream", timeout=60, checksum="crc32c"
             )
             state.uploaded_bytes = state.piece_start + end
+        # A piece is also full when the next whole record would not fit into it.
         full = end >= self._piece_bytes or end < whole_records(content, len(content))
         if full:
             state.piece, state.piece_start = state.piece + 1, state.uploaded_bytes

@@ -25,10 +25,12 @@ class Batches(Iterator[Batch]):
         self._samples = samples
         self._made, self._used = 0, 0
         size = config.train.batch_size
+        # The rows of this process need not be neighbours, so each shard is looked up by its first row.
         offsets = {int(row): i for i, row in enumerate(rows)}
 
         def to_devices(local: Sample) -> Batch:
             def place(x: np.ndarray) -> jax.Array:
+                # Called once for each device of this process; a slice of the local batch is no copy.
                 def shard(index: tuple[slice, ...] | None) -> np.ndarray:
                     assert index is not None
                     start, stop, _ = index[0].indices(size)
@@ -45,8 +47,7 @@ class Batches(Iterator[Batch]):
             num_threads=config.data.read_threads,
             prefetch_buffer_size=ready * len(rows) if config.data.read_threads else 0,
         )
-        # Grain's read buffer counts elements, of which each is a sample up to here. So batches are made after
-        # it.
+        # Batches are made after the read buffer, which counts elements: up to here each is one sample.
         dataset = grain.MapDataset.source(samples).to_iter_dataset(read).batch(len(rows)).map(to_devices)
         self._iterator = iter(ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=ready))
         self._iterator.start_prefetch()

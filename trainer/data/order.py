@@ -69,6 +69,7 @@ class Order:
         # others.
         begin = key.lane * short + min(key.lane, longer)
         records = self._epoch_records(key.epoch, begin + steps.start, begin + steps.stop)
+        # The others are shuffled already or not at all, and have windows only as units of reading.
         if self.shuffle == "blocks":
             return records[_permutation(len(records), self.seed, *key)]
         return records
@@ -92,6 +93,7 @@ class Order:
         if self.shuffle == "global":
             return self._shuffle_globally(epoch, start, stop)
         starts, sizes, ends = self._permuted_blocks(epoch)
+        # Only the blocks that the range touches; the slice below drops what lies before and after it.
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         parts = [np.arange(starts[b], starts[b] + sizes[b]) for b in range(first, last + 1)]
         skipped = start - (ends[first] - sizes[first])
@@ -102,6 +104,7 @@ class Order:
         from grain.experimental import index_shuffle
 
         top, seed = self.num_examples - 1, epoch_seed(self.seed, epoch)
+        # index_shuffle needs two numbers or more.
         if top == 0:
             return np.zeros(stop - start, np.int64)
         return np.array(
@@ -126,6 +129,7 @@ class Order:
     @cached_property
     def _cached_records(self):  # type: ignore[no-untyped-def]
         # A cache for each Order; lru_cache on a method would keep every Order alive.
+        # A batch takes from every lane at once, and threads may be a few windows apart.
         return lru_cache(maxsize=4 * self.lanes)(self.records)
 
 
@@ -176,6 +180,7 @@ def choose_num_lanes(batch_size: int, max_lanes: int) -> int:
     own.
     """
     divisors = [d for d in range(1, min(batch_size, max_lanes) + 1) if batch_size % d == 0]
+    # d & -d is the largest power of two that divides d.
     return max(divisors, key=lambda d: (d & -d, d))
 
 
@@ -215,6 +220,7 @@ class ProcessStream:
         the window.
         """
         order, newest = self.order, np.full(self.order.lanes, -1)
+        # Two more than are full, because the phase of a lane may cut one short at either end.
         windows_an_epoch = order.num_examples // order.lanes // order.window + 2
         for batch, begin in enumerate(range(self.start, self.stop, self.batch_size)):
             positions = begin + self._offsets
@@ -222,6 +228,7 @@ class ProcessStream:
                 positions = positions[positions < self.limit]
             epoch, i = np.divmod(positions, order.num_examples)
             step, lane = np.divmod(i, order.lanes)
+            # Numbers all windows of a lane across epochs, in the order in which the lane is read.
             turn = epoch * windows_an_epoch + (step + lane * order.window // order.lanes) // order.window
             new = turn > newest[lane]  # a lane's windows come one after another
             for t, in_lane in sorted(set(zip(turn[new].tolist(), lane[new].tolist(), strict=True))):

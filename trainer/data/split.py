@@ -85,6 +85,7 @@ class _InMemorySamples:
         position = self._stream.position(int(i))
         if position is None:
             return padding_sample(self._images.shape[1])
+        # The arrays may be shorter than the split, and then repeat.
         index = self._stream.order.index(position) % len(self._images)
         return Sample(self._images[index], self._labels[index])
 

@@ -39,11 +39,13 @@ def read_header(encoded: memoryview) -> JpegHeader | None:
         # XMP metadata has the same marker, 0xE1.
         if marker == 0xE1 and orientation is None and encoded[at + 4 : at + 10] == b"Exif\0\0":
             orientation = exif_orientation(bytes(encoded[at + 4 : at + 2 + length]))
+        # Baseline, extended sequential and progressive.
         elif 0xC0 <= marker <= 0xC2:
             precision, height, width, components = struct.unpack_from(">BHHB", encoded, at + 4)
             if precision != 8 or components not in (1, 3) or not 0 < height * width <= _MAX_PIXELS:
                 return None
             return JpegHeader(height, width, at + 5, marker != 0xC2, orientation or 1)
+        # Lossless and arithmetic coding, which libjpeg-turbo may not know. 0xC4 is a Huffman table.
         elif marker >= 0xC0 and marker <= 0xCF and marker != 0xC4:
             return None
         at += 2 + length

@@ -42,6 +42,7 @@ def train_image(
     """
     rng = sample_rng(seed, position)
     pixels, box = _decode_random_crop(bytes_view(encoded), rng, augment, data.image_size)
+    # The crop's draws come first, so RandAugment, on or off, does not change the crop.
     image = _crop_and_resize(pixels, box, data.image_size, antialias=augment.antialias)
     return randaugment(image, rng, augment) if augment.randaugment[0] else image
 
@@ -70,6 +71,7 @@ def random_crop_box(height: int, width: int, rng: np.random.Generator, augment: 
     """
     smallest, largest = augment.crop_scale
     low, high = CROP_ASPECT_RATIO
+    # Always four draws a try, so that all draws after the crop depend on the number of tries alone.
     for _ in range(CROP_TRIES):
         area, log_ratio, top, left = rng.random(4).tolist()
         area = height * width * (smallest + area * (largest - smallest))

@@ -53,8 +53,10 @@ def write(folder: Path) -> None:
     order = np.random.default_rng(0).permutation(len(labels))
     num_train = DATASETS["digits"].num_train
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, because a rename does not leave its file system.
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     for name, indices in (("train", order[:num_train]), ("eval", order[num_train:])):
+        # One record a group, so that a record can be read by itself.
         writer = ArrayRecordWriter(str(partial / f"{name}.array_record"), "group_size:1,uncompressed")
         for i in indices:
             writer.write(bytes([labels[i]]) + pixels[i].tobytes())

@@ -39,6 +39,7 @@ def open_splits(config: RunConfig) -> tuple["RecordsSplit", "RecordsSplit"]:
             "data.cache_gib = %g is less than the %.4g GiB of %s: blocks are read anew as often as they are dropped",
             config.data.cache_gib, size / 2**30, train.store.url,
         )  # fmt: skip
+    # One pool for both splits, so that evaluation does not double the connections.
     fetcher = Fetcher(cache=_cache(config.data))
     return RecordsSplit(config, train, fetcher), RecordsSplit(config, held_out, fetcher)
 
@@ -118,6 +119,7 @@ class RecordsSplit:
             self._config.data.memory_mib * 2**20 * (1 - EVAL_MEMORY_SHARE if train else EVAL_MEMORY_SHARE)
         )
         self._check_budget(stream, budget)
+        # A folder needs no cache: the operating system keeps what it has read.
         cached = self._config.data.cache is not None and self._dataset.store.is_remote
         reader = Reader(
             self._dataset,
@@ -141,6 +143,7 @@ class RecordsSplit:
         """Raise UserError where memory does not hold one window of each lane that this process reads."""
         order = stream.order
         windows = len(np.unique(stream.rows * order.lanes // stream.batch_size)) * order.window
+        # The mean suffices, because thousands of records are held at once.
         mean_bytes = float(self._dataset.records["length"].mean())
         needed = min(windows, len(self)) * mean_bytes * WINDOW_MEMORY_FACTOR
         if needed > budget:
@@ -192,6 +195,7 @@ class RecordSamples:
         self._report_bad(bad, error)
         if self._data.on_bad_record == "mask":
             return padding_sample(self._data.image_size)
+        # The next good record in the dataset's own order, which no number of hosts changes.
         for index in range(bad + 1, bad + len(self._dataset)):
             index %= len(self._dataset)
             try:

@@ -47,6 +47,7 @@ class BlockCache:
     def contains(self, block: RangeRequest) -> bool:
         """Whether the block is there, complete."""
         try:
+            # A file that was cut off, as by a crash of the machine, has another size.
             return self._file(block).stat().st_size == block.payload_bytes()
         except FileNotFoundError:
             return False
@@ -67,6 +68,7 @@ class BlockCache:
         with self._lock:
             self._num_written += 1
             partial = self._folder / f"{os.getpid()}-{self._num_written}{PARTIAL}"
+            # Counted before it is written, so that several threads do not exceed the bound together.
             self._writing += size
         try:
             with self._lock:
@@ -92,6 +94,7 @@ class BlockCache:
         identity = (
             f"{block.store.url}/{block.object.name}/{block.object.generation}/{block.offset}/{block.length}"
         )
+        # Hashed, because an address may have characters and lengths that a file's name may not.
         return self._folder / hashlib.sha256(identity.encode()).hexdigest()[:40]
 
     def _evict(self) -> None:
@@ -103,10 +106,12 @@ class BlockCache:
                     stat = entry.stat()
                     files.append((stat.st_mtime, stat.st_size, entry.path))
         self._total, self._written = sum(size for _, size, _ in files), 0
+        # Other processes may write a share of the bound before this one counts again.
         room = self._max_bytes * (1 - RESCAN_SHARE) - self._writing
         for _, size, path in sorted(files):
             if self._total <= room:
                 break
+            # Another process may be writing it.
             if not path.endswith(PARTIAL):
                 Path(path).unlink(missing_ok=True)
                 self._total -= size

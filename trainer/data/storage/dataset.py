@@ -62,6 +62,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 in hex that identifies the samples and their numbering, wherever they are stored."""
+        # Without `base` and class names: a copy elsewhere, or other names, are the same samples.
         identity = [self.format, self.records_sha256, [(s.name, s.size, s.crc32c) for s in self.shards]]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -89,6 +90,7 @@ class Dataset:
     def block_starts(self) -> np.ndarray:
         """(blocks,) int64: the first record of each block. Shuffling moves blocks, so even small datasets have many."""
         total = sum(obj.size for obj in self.objects)
+        # Cut at fixed multiples of a size in each shard, so that a block is one range of bytes.
         pieces = self.records["offset"].astype(np.int64) // max(min(BLOCK_BYTES, total // MIN_BLOCKS), 1)
         shards = np.repeat(np.arange(len(self.objects)), np.diff(self.shard_starts))
         return np.flatnonzero((np.diff(shards, prepend=-1) != 0) | (np.diff(pieces, prepend=-1) != 0))
@@ -140,6 +142,7 @@ def publish(
         classes=tuple(classes) if classes is not None else None,
         base=base,
     )
+    # The manifest is written last: where there is one, there is everything that it names.
     destination.write(RECORDS, buffer.getvalue())
     destination.write(MANIFEST, json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode())
     return manifest
@@ -154,6 +157,7 @@ def open_dataset(url: str) -> Dataset:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_no_manifest_message(table_store)) from None
     try:
+        # Unpickling would run code from a bucket that others may write to.
         records = np.load(io.BytesIO(buffer), allow_pickle=False)
     except (ValueError, EOFError):
         records = np.empty(0)

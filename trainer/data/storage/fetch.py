@@ -54,6 +54,7 @@ class FetchStats:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        # Only the newest, so that the percentiles follow the service as it changes during the day.
         self._seconds: deque[float] = deque(maxlen=1000)
 
     def count(self, **counts: int) -> None:
@@ -96,6 +97,7 @@ class ConcurrencyLimiter:
         with self._changed:
             self._running -= 1
             if error is None:
+                # After `limit` successes, which is a round, this adds up to one more.
                 self._limit = min(self._limit + 1 / self._limit, self._most)
             elif getattr(error, "throttled", False) and time.monotonic() - self._lowered_at > 1.0:
                 # Halve at most once a second: the requests already on their way will be throttled, too.
@@ -151,6 +153,7 @@ class Fetcher:
         self.limiter = ConcurrencyLimiter(connections)
         self._retry_seconds = retry_seconds
         self._pool = ThreadPoolExecutor(connections, "fetch")
+        # A pool of their own, or second attempts would queue behind the requests that they should overtake.
         self._hedges = ThreadPoolExecutor(max(connections // 4, 1), "hedge")
         self._races: set[_Race] = set()
         self._lock = threading.Lock()
@@ -165,6 +168,7 @@ class Fetcher:
         The future raises UserError at once for what a repetition cannot mend, and TransientError once
         repetitions have failed for `retry_seconds`.
         """
+        # Only whole blocks are cached: every epoch cuts other ranges out of them.
         if self._cache is None or request.block is None:
             return self._start_race(request)
         if fresh:
@@ -268,6 +272,8 @@ class Fetcher:
                     race.attempt_started = time.monotonic()
                     self.stats.count(requests=1)
                     self._attempt(race)
+            # UserError is not caught: no repetition mends a missing permission or an object that was
+            # replaced.
             except UnreachableError as e:
                 if race.result.done():
                     return
@@ -275,8 +281,10 @@ class Fetcher:
                 first_failure, attempt = min(first_failure, time.monotonic()), attempt + 1
                 if time.monotonic() - first_failure > self._retry_seconds:
                     raise TransientError(f"{e}, still so after {attempt} attempts") from None
+                # A request that waits to be repeated is not slow, and is not hedged.
                 race.attempt_started = math.inf
                 wait = random.uniform(0, min(MAX_WAIT_SECONDS, MIN_WAIT_SECONDS * 2**attempt))  # noqa: S311
+                # Sleep, but no longer than until the reader is closed.
                 if self._closing.wait(wait):
                     raise AbandonedError from None
 
@@ -292,6 +300,7 @@ class Fetcher:
                 raise TransientError(f"{request.store.url}/{request.object.name}: the body only trickles")
             return not (race.result.done() or self._closing.is_set())
 
+        # A buffer for each attempt: both of a race may receive at the same time.
         payload = np.empty(request.payload_bytes(), np.uint8)
         request.store.fetch(request.object, request.offset, request.buffers(payload.data), progress)
         self.stats.add_seconds(time.monotonic() - begun)
@@ -312,6 +321,7 @@ class Fetcher:
         """The watcher thread: send a second attempt beside each request that is slow, as long as the budget lasts."""
         while not self._closing.wait(0.02):
             with self._lock:
+                # Local reads are not hedged, because a second one would wait for the same disk.
                 races = [race for race in self._races if race.request.store.is_remote and not race.is_hedged]
             if not races:
                 continue

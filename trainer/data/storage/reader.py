@@ -153,6 +153,7 @@ class Reader:
         try:
             yield index, pending.request.extract(pending.payload.result(), self._request(index, index))
         finally:
+            # Even after an error, or the budget would lose these bytes for good.
             self._release_record(key, window, slot)
 
     def verified(self, image: np.ndarray, index: int) -> np.ndarray:
@@ -163,6 +164,7 @@ class Reader:
         """Read a single record. Raises DamagedRecordError, and what fetching raises."""
         request = self._request(index, index)
         for attempt in range(REREADS):
+            # The first time from the cache, if it has the record; a damaged file there is then replaced.
             image = self._fetcher.submit(request, fresh=attempt > 0).result()
             if self._is_intact(image, index):
                 return image
@@ -194,6 +196,8 @@ class Reader:
                 self._batch = batch
                 self._planned.notify_all()
             if key not in self._windows:
+                # The consumer waits for a window that is not requested. If the budget is full, the planner
+                # may exceed it now; otherwise the two would wait for each other.
                 with self._budget.starving():
                     self._planned.wait_for(lambda: key in self._windows or self._error or self._closing)
             if self._error:
@@ -218,10 +222,12 @@ class Reader:
             for batch, key in self._stream.windows():
                 with self._planned:
                     self._planned.wait_for(lambda: self._closing or batch <= self._batch + LOOKAHEAD_BATCHES)  # noqa: B023
+                # Which bytes are used is known as soon as they are planned.
                 window, ranges = self._plan_window(key)
                 lengths = self._dataset.records["length"][window.records[list(window.ranges)]]
                 self._fetcher.stats.count(bytes_used=int(lengths.sum()))
                 for pending in ranges:
+                    # Without holding the lock, which the consumers need to free what this waits for.
                     if not self._budget.acquire(pending.request.payload_bytes()):
                         return
                     pending.payload = self._fetcher.submit(pending.request)
@@ -238,6 +244,7 @@ class Reader:
         order = self._stream.order
         window = _Window(order.records(key))
         slots = np.flatnonzero(self._stream.includes(order.positions(key)))
+        # By place in storage, so that neighbours there become neighbours here.
         slots = slots[np.argsort(window.records[slots])]
         ranges = []
         for group in self._group_neighbours(window.records[slots]):
@@ -249,9 +256,12 @@ class Reader:
     def _group_neighbours(self, records: np.ndarray) -> list[range]:
         """Split ascending records into groups that are read by one request each."""
         rows = self._dataset.records[records]
+        # Signed, because differences of unsigned integers would wrap around.
         offsets, ends = rows["offset"].astype(np.int64), (rows["offset"] + rows["length"]).astype(np.int64)
+        # One request cannot reach from one shard into the next.
         apart = np.diff(self._dataset.shard_of(records)) != 0
         apart |= offsets[1:] - ends[:-1] > np.maximum(GAP_RECORDS * (ends - offsets)[:-1], GAP_BYTES)
+        # Cutting at fixed multiples bounds the size of every request.
         apart |= offsets[1:] // RANGE_BYTES != offsets[:-1] // RANGE_BYTES
         if self._blocks is not None:
             apart |= np.diff(np.searchsorted(self._blocks, records, side="right")) != 0

@@ -45,6 +45,7 @@ class RangeRequest:
         Those for payload are views of `payload`; between them, the framing goes to a buffer that nobody
         reads.
         """
+        # Most formats store a record in one piece, and the range is read straight into place.
         if self.framing is None:
             return [payload]
         period, header = self.framing

@@ -165,6 +165,7 @@ class Folder:
         except PermissionError:
             raise UserError(f"{self.url}/{obj.name}: no permission to read it") from None
         try:
+            # By the open file, so that a replacement cannot come between the check and the read.
             if self._object(obj.name, os.fstat(descriptor)) != obj:
                 raise _overwritten_error(self.url, obj)
             os.lseek(descriptor, offset, os.SEEK_SET)
@@ -290,13 +291,17 @@ class Bucket:
             raise TransientError(f"{where}: HTTP {status}", throttled=status == 429)
         if status in (401, 403):
             raise UserError(google.denied(where, status, ROLES))
+        # The object may be gone or replaced. Which of the two is a small request away, and the user must
+        # know.
         if status == 404:
             with self._translate_errors():
                 blob = self._bucket.get_blob(self._prefix + obj.name, **_options())
             raise _gone_error(self.url, obj) if blob is None else _overwritten_error(self.url, obj)
+        # Emulators of Cloud Storage may leave the header out.
         generation = response.headers.get("x-goog-generation")
         if generation is not None and int(generation) != obj.generation:
             raise _overwritten_error(self.url, obj)
+        # 200 would bring the whole object, because a proxy has ignored the range.
         if status != 206:
             raise TransientError(f"{where}: HTTP {status} instead of 206 for a range")
 
@@ -352,6 +357,7 @@ def _session(client: "Client") -> Any:
     session = AuthorizedSession(client._credentials)
     for scheme in ("https://", "http://"):
         # No retries here: the Fetcher repeats requests, and counts them.
+        # Twice the connections, since hedged requests come on top.
         session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=2 * CONNECTIONS, max_retries=0))
     return session
 

@@ -28,7 +28,7 @@ from trainer.data.storage.store import Object, Store, checksum, open_store
 from trainer.data.tools import inputs, parallel
 from trainer.data.tools.images import is_image, shrink
 from trainer.data.tools.inputs import Item, Listing, Part
-from trainer.data.tools.shards import canonical_address, split_pattern, zero_based_label
+from trainer.data.tools.shards import canonical, split_pattern, zero_based_label
 
 JOURNAL = "convert.json"
 
@@ -122,6 +122,7 @@ def _convert(
     done = {w.number: w for w in _finished_parts(store, objects)}
     for number, written in done.items():
         progress(len(written.records), listing.parts[number].num_bytes)
+    # Parts are as many as the listing says, in the same order, so their numbers survive a restart.
     rest = [(number, part) for number, part in enumerate(listing.parts) if number not in done]
     work = partial(_write_part, store.url, scratch, settings, listing.classes)
     for written in parallel.run(work, rest, jobs):
@@ -161,6 +162,7 @@ def _write_part(
         try:
             shard, records = _write_shard(store, file, name, items, settings, classes)
         finally:
+            # After a success the file has been moved; after an error it is of no use.
             file.unlink(missing_ok=True)
         shards.append(shard)
         rows.append(records)
@@ -207,6 +209,8 @@ def _write_shard(
         raise UserError(f"{file} cannot be written: {str(e).splitlines()[0]}") from None
     try:
         shard, records = _read_back(file, name)
+        # Compared with what was meant to be written, so that a failing disk or memory is noticed here and not
+        # in training.
         same = list(zip(records["crc32c"].tolist(), records["label"].tolist(), strict=True)) == intended
     except ValueError:
         same = False
@@ -250,7 +254,7 @@ def _journal(source: str, settings: Settings, listing: Listing) -> dict[str, Any
     folder, pattern = split_pattern(source)
     fields = asdict(settings)
     fields["classes"] = list(listing.classes) if listing.classes else None
-    where = canonical_address(folder) if pattern == "*" else f"{canonical_address(folder)}/{pattern}"
+    where = canonical(folder) if pattern == "*" else f"{canonical(folder)}/{pattern}"
     return {"source": where, **fields, "input": listing.digest}
 
 
@@ -301,18 +305,15 @@ def _finished_parts(store: Store, objects: dict[str, Object]) -> Iterator[Writte
             records = np.frombuffer(bytes.fromhex(fields["records"]), RECORD_DTYPE)
         except (ValueError, TypeError, KeyError):
             continue
+        # If a shard was removed or cut off since then, its part is converted again.
         if all(s.name in objects and objects[s.name].size == s.size for s in shards):
             yield WrittenPart(int(name.removesuffix(".part")), shards, records)
 
 
 def _check_apart(source: str, destination: str, kind: str) -> None:
-    source_address, destination_address = (
-        canonical_address(split_pattern(source)[0]),
-        canonical_address(destination),
-    )
-    if source_address == destination_address or (
-        kind == "imagefolder" and destination_address.startswith(f"{source_address}/")
-    ):
+    source_at, destination_at = canonical(split_pattern(source)[0]), canonical(destination)
+    is_inside = kind == "imagefolder" and destination_at.startswith(f"{source_at}/")
+    if source_at == destination_at or is_inside:
         raise UserError(f"{destination} lies in the input {source}; give another folder or prefix")
 
 
@@ -333,6 +334,7 @@ def _locked(destination: str) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"{destination} cannot be written: {e.strerror}") from None
     try:
+        # The kernel drops this lock when the process ends, however it ends.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for leftover in folder.glob(".*.partial"):
             leftover.unlink(missing_ok=True)

@@ -12,13 +12,7 @@ from trainer.data.storage.dataset import MANIFEST, RECORD_DTYPE, Manifest, Shard
 from trainer.data.storage.formats import FORMATS, detect_format, format_of
 from trainer.data.storage.store import Object, Store, open_store
 from trainer.data.tools import parallel
-from trainer.data.tools.shards import (
-    canonical_address,
-    list_shards,
-    open_verified,
-    split_pattern,
-    zero_based_label,
-)
+from trainer.data.tools.shards import canonical, list_shards, open_verified, split_pattern, zero_based_label
 
 
 @dataclass(frozen=True)
@@ -53,11 +47,7 @@ def index(
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
     shards = [obj for obj in objects if format_of(obj.name) == name]
-    base = (
-        None
-        if destination is None or canonical_address(destination) == canonical_address(folder)
-        else canonical_address(folder)
-    )
+    base = None if destination is None or canonical(destination) == canonical(folder) else canonical(folder)
     table_store = open_store(folder if destination is None else destination)
     before = _older_table(table_store, base)
     progress = begin(len(shards), sum(obj.size for obj in shards))
@@ -69,6 +59,7 @@ def index(
     records = np.concatenate([one.records for one in ordered])
     if not len(records):
         raise UserError(f"{source}: the {len(shards)} shards hold no records")
+    # Shards have no class names, so those of an older table are kept.
     classes = before.classes if before else None
     if classes is not None and records["label"].max() >= len(classes):
         classes = None  # the older table was that of other shards
@@ -102,6 +93,7 @@ def _scan(url: str, format_name: str, first_label: int, numbered: tuple[int, Obj
     with open_verified(store, obj) as (file, crc):
         try:
             for entry in FORMATS[format_name].scan(file):
+                # An empty image matches its checksum, so nothing before training would notice it.
                 if not entry.image:
                     raise ValueError(f"record {len(rows)} (byte {entry.offset:,}): its image is empty")
                 try:

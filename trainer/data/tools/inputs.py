@@ -194,6 +194,7 @@ def _parquet_images_and_labels(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         table = parquet.ParquetFile(file)
         column = _image_column(table.schema_arrow.names)
         batches = table.iter_batches(batch_size=64, columns=[column, PARQUET_LABEL])
+        # Row by row from small batches, because a row group may hold a gigabyte of images.
         for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
             image, label = row[column], row[PARQUET_LABEL]
             image = image["bytes"] if isinstance(image, dict) else image

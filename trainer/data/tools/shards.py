@@ -52,7 +52,7 @@ def check_name(path: str) -> None:
         raise UserError(f"{path!a}: the name is not UTF-8; rename it") from None
 
 
-def canonical_address(url: str) -> str:
+def canonical(url: str) -> str:
     """The same text for every spelling of an address."""
     return url.rstrip("/") if "://" in url else str(Path(url).resolve())
 

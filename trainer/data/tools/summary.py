@@ -47,6 +47,7 @@ def summarize(dataset: Dataset) -> Summary:
         mean=float(lengths.mean()),
         largest=int(lengths.max()),
         counts=counts,
+        # The threshold lies halfway between the share that chance gives and 1.
         sorted_by_class=shared > (1 + by_chance) / 2,
     )
 
@@ -59,6 +60,7 @@ def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
     """
     from trainer.data.pixels.decode import decode
 
+    # Evenly spaced, since the first records may all be of one class.
     chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(np.int64))
     tiles, captions = [], []
     for index, encoded in zip(chosen, _read(dataset, chosen), strict=True):

@@ -62,6 +62,7 @@ def _verify_shard(decode: bool, task: _ShardTask) -> tuple[int, int, list[BadRec
     rows, store = task.rows, open_store(task.url)
     bad = []
     runs = list(_neighbours(rows))
+    # Large ranges for speed; single records are cut out of them below.
     ranges = [_request(store, task, rows[a], rows[b - 1]) for a, b in runs]
     for (a, b), outer, payload in zip(runs, ranges, stream(ranges), strict=True):
         for i in range(a, b):
@@ -94,6 +95,7 @@ def find_fault(image: bytes, crc32c: int, decode: bool) -> str | None:
     if actual != crc32c:
         return f"its crc32c is {actual:08x}, not {crc32c:08x}"
     if decode:
+        # Not at the top: reading without --decode needs no image library.
         from trainer.data.pixels.decode import decode as decoded
 
         try:

@@ -96,6 +96,7 @@ def _footer_offset(file: BinaryIO) -> int:
         at = _payload_position(size - FRAMING.period)
         chunk_size, type_and_count, decoded_size = _CHUNK_HEADER.unpack(_read(file, at, _CHUNK_HEADER.size))
         num_records = type_and_count >> 8
+        # The chunk of the postscript is small. One of images is larger, and is not worth decoding.
         if num_records and decoded_size <= chunk_size < 1024:
             chunk = _read(file, at + _CHUNK_HEADER.size, chunk_size)
             postscript = chunk[chunk_size - decoded_size :][: decoded_size // num_records]

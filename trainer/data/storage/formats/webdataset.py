@@ -21,6 +21,7 @@ def scan(file: BinaryIO) -> Iterator[ScannedRecord]:
     """The records of a shard, as Format.scan says."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
+            # Hidden files are left behind by macOS's tar.
             files = (m for m in tar if m.isfile() and not m.name.rpartition("/")[2].startswith("."))
             for key, members in groupby(files, key=lambda member: _split(member.name)[0]):
                 yield _sample(file, key, list(members))
