@@ -54,7 +54,7 @@ class BatchNorm(nnx.Module):
         """Normalise x, (batch, height, width, channels) of any float dtype. Returns the same shape and dtype.
 
         With `train`, by the statistics of the batch or group, and the running statistics are updated;
-        otherwise by the running statistics. Raises ValueError where groups do not divide the batch.
+        otherwise by the running statistics. Raises ValueError if groups do not divide the batch.
         """
         if not train:
             return self._normalise(x, self.mean[...], self.var[...])

@@ -83,7 +83,7 @@ class _SaveErrorHandler(logging.Handler):
 class Checkpointer:
     """Saves, scores and restores train states, on all processes together.
 
-    The checkpoints lie in `config.directory`, by default in `directory`. Raises UserError where that place
+    The checkpoints lie in `config.directory`, by default in `directory`. Raises UserError if that place
     cannot be written.
     """
 

@@ -74,7 +74,7 @@ def train(
     """Train to `steps` optimizer steps in the run directory, resuming from its newest checkpoint.
 
     `report(**fields)` is called with the phase and the progress; `stop_requested()` is called at each step
-    and says whether this process asks all to stop. Raises NonFiniteLossError, UserError where the user must
+    and says whether this process asks all to stop. Raises NonFiniteLossError, UserError if the user must
     mend something, and what Orbax or the data source raises.
     """
     return _Training(config, steps, directory, report, stop_requested).run()
@@ -272,8 +272,8 @@ class _Training:
             self.report(step=self.step, epoch=epoch, **self.interval.summary())
 
     def _open_tensorboard(self, directory: Path) -> TensorBoard:
-        place = logdir(directory, self.config.log.tensorboard)
-        tensorboard = TensorBoard(place, active=jax.process_index() == 0, start=self.start_step)
+        folder = logdir(directory, self.config.log.tensorboard)
+        tensorboard = TensorBoard(folder, active=jax.process_index() == 0, start=self.start_step)
         if not self.start_step:
             tensorboard.hyperparameters(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
         return tensorboard

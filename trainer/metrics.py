@@ -28,11 +28,11 @@ class Stopwatch:
 
     @contextmanager
     def span(self, activity: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - begun
+            self.seconds[activity] += time.perf_counter() - started
 
 
 class LogInterval:
@@ -47,7 +47,7 @@ class LogInterval:
 
     def reset(self) -> None:
         self._steps: list[StepMetrics] = []
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
         self._before = dict(self._stopwatch.seconds)
 
     def add(self, step: StepMetrics) -> None:
@@ -65,7 +65,7 @@ class LogInterval:
             activity: seconds - self._before.get(activity, 0.0)
             for activity, seconds in self._stopwatch.seconds.items()
         }
-        elapsed = time.perf_counter() - self._begun - spent.get("evaluation", 0.0)
+        elapsed = time.perf_counter() - self._started - spent.get("evaluation", 0.0)
         # What the loop does between waiting and saving is to wait for the devices.
         data_wait = spent.get("data_wait", 0.0)
         checkpoint = spent.get("checkpoint", 0.0)

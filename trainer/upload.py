@@ -25,15 +25,15 @@ _log = logging.getLogger(__name__)
 class Uploader:
     """Mirrors the event files of `folder` to `destination` (gs://bucket/prefix) until it is closed.
 
-    Raises UserError where the address names no bucket or there are no Google credentials.
+    Raises UserError if the address names no bucket or there are no Google credentials.
     """
 
     def __init__(
         self, destination: str, *, piece_bytes: int = PIECE_BYTES, interval_seconds: float = INTERVAL_SECONDS
     ):
-        where = f"log.tensorboard = {destination}"
+        setting = f"log.tensorboard = {destination}"
         bucket, self._prefix = google.bucket_and_prefix(destination)
-        with google.explained(where, bucket=bucket, roles="the role Storage Object User on the bucket"):
+        with google.explained(setting, bucket=bucket, roles="the role Storage Object User on the bucket"):
             self._bucket = google.client().bucket(bucket)
         self._piece_bytes = piece_bytes
         self._interval = interval_seconds
@@ -48,7 +48,7 @@ class Uploader:
     def close(self) -> None:
         """Upload the last records, then remove the local folder."""
         self._closing.set()
-        # The thread may have been amid an upload; the call after it sends what was written since.
+        # The thread may just have uploaded something; the call after this one sends what was written since.
         self._thread.join()
         self._try_send()
         self._local.cleanup()

@@ -15,7 +15,7 @@ _SOURCES = {name: f"trainer.data.sources.{name}" for name in ("records", "digits
 def open_splits(config: RunConfig) -> tuple[Split, Split]:
     """Open the training split and the held-out split of the source that `config.data.source` names.
 
-    Raises UserError where the data is not what the recipe says.
+    Raises UserError if the data is not what the recipe says.
     """
     splits: tuple[Split, Split] = importlib.import_module(_SOURCES[config.data.source]).open_splits(config)
     return splits

@@ -29,7 +29,7 @@ class Batches(Iterator[Batch]):
         offsets = {int(row): i for i, row in enumerate(rows)}
 
         def to_devices(local: Sample) -> Batch:
-            def place(x: np.ndarray) -> jax.Array:
+            def to_global(x: np.ndarray) -> jax.Array:
                 # Called once for each device of this process; a slice of the local batch is no copy.
                 def shard(index: tuple[slice, ...] | None) -> np.ndarray:
                     assert index is not None
@@ -38,7 +38,7 @@ class Batches(Iterator[Batch]):
 
                 return jax.make_array_from_callback((size, *x.shape[1:]), sharding, shard)
 
-            batch = Batch(place(local.image), place(local.label))
+            batch = Batch(to_global(local.image), to_global(local.label))
             self._made += 1
             return batch
 

@@ -26,7 +26,7 @@ def decode(encoded: Encoded) -> np.ndarray:
     """Decode an image to (height, width, 3) uint8 RGB, turned upright as its EXIF orientation says.
 
     As torchvision's image loader does, transparency is dropped, 16-bit channels keep their upper 8 bits, and
-    of several frames the first is taken. Raises ValueError with the reason where the bytes are not a whole
+    of several frames the first is taken. Raises ValueError with the reason if the bytes are not a whole
     image.
     """
     view = bytes_view(encoded)

@@ -37,7 +37,7 @@ def train_image(
     """Decode an image for training: a random crop, resized, then RandAugment where the recipe asks for it.
 
     Returns (image_size, image_size, 3) uint8. The random draws depend on the seed and on the sample's
-    position in the run, so every host makes the same image of it. Raises ValueError with the reason where the
+    position in the run, so every host makes the same image of it. Raises ValueError with the reason if the
     bytes do not decode.
     """
     rng = sample_rng(seed, position)
@@ -50,7 +50,7 @@ def train_image(
 def eval_image(encoded: Encoded, *, data: DataConfig) -> np.ndarray:
     """Decode an image for evaluation: its centre, (image_size, image_size, 3) uint8.
 
-    Raises ValueError with the reason where the bytes do not decode.
+    Raises ValueError with the reason if the bytes do not decode.
     """
     resize = data.eval_resize or round(data.image_size / CENTER_CROP_FRACTION)
     return center_crop(decode(encoded), resize, data.image_size)

@@ -30,7 +30,7 @@ WINDOW_MEMORY_FACTOR = 1.25
 def open_splits(config: RunConfig) -> tuple["RecordsSplit", "RecordsSplit"]:
     """Open both splits, with one pool of connections and one cache.
 
-    Raises UserError where the data is not as the recipe says.
+    Raises UserError if the data is not as the recipe says.
     """
     train, held_out = open_datasets(config)
     size = sum(obj.size for obj in train.objects)
@@ -113,7 +113,7 @@ class RecordsSplit:
     def samples(self, stream: ProcessStream, *, train: bool) -> "RecordSamples":
         """Start to read the samples of `stream`.
 
-        Raises UserError where `data.memory_mib` is too little for its windows.
+        Raises UserError if `data.memory_mib` is too little for its windows.
         """
         budget = (
             self._config.data.memory_mib * 2**20 * (1 - EVAL_MEMORY_SHARE if train else EVAL_MEMORY_SHARE)
@@ -140,7 +140,7 @@ class RecordsSplit:
         return RecordSamples(config, self._dataset, stream, reader, decode)
 
     def _check_budget(self, stream: ProcessStream, budget: float) -> None:
-        """Raise UserError where memory does not hold one window of each lane that this process reads."""
+        """Raise UserError if memory does not hold one window of each lane that this process reads."""
         order = stream.order
         windows = len(np.unique(stream.rows * order.lanes // stream.batch_size)) * order.window
         # The mean suffices, because thousands of records are held at once.
@@ -205,7 +205,7 @@ class RecordSamples:
         raise UserError(f"{self._dataset.store.url}: none of its records can be read")
 
     def _report_bad(self, bad: int, error: Exception) -> None:
-        """Warn of a bad record, or raise UserError where the recipe allows none or no more."""
+        """Warn of a bad record, or raise UserError if the recipe allows none or no more."""
         what = f"{self._dataset.describe(bad)}: {error}"
         if self._data.on_bad_record == "raise":
             raise UserError(f"{what}; restore it, or set data.on_bad_record to substitute or mask") from None

@@ -29,7 +29,7 @@ class BlockCache:
     """The payloads of blocks in `folder`, up to `max_bytes`. The block that was not used for longest is
     removed first.
 
-    Raises OSError where the folder cannot be created or read.
+    Raises OSError if the folder cannot be created or read.
     """
 
     def __init__(self, folder: Path, max_bytes: int):

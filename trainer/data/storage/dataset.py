@@ -149,7 +149,7 @@ def publish(
 
 
 def open_dataset(url: str) -> Dataset:
-    """Read and check a dataset. Raises UserError where it is not what its manifest says."""
+    """Read and check a dataset. Raises UserError if it is not what its manifest says."""
     table_store = open_store(url)
     try:
         manifest = parse_manifest(table_store.read(MANIFEST), url)
@@ -186,7 +186,7 @@ def _sha256(records: np.ndarray) -> str:
 
 
 def parse_manifest(content: bytes, url: str) -> Manifest:
-    """Read the content of manifest.json. Raises UserError where it is damaged or of another version."""
+    """Read the content of manifest.json. Raises UserError if it is damaged or of another version."""
     try:
         fields = json.loads(content)
         if fields.get("version") != VERSION:

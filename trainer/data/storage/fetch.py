@@ -206,12 +206,12 @@ class Fetcher:
     ) -> None:
         """Deliver a range from the cache, or fetch its whole block for all requests that wait for a part of it."""
         block = request.whole_block()
-        begun = False
+        is_first = False
         with self._lock:
             # In this order: a block stays in `_fetching_blocks` until it is in the cache.
             fetching = self._fetching_blocks.get(block)
             if fetching is None and not cache.contains(block):
-                fetching, begun = Future(), True
+                fetching, is_first = Future(), True
                 self._fetching_blocks[block] = fetching
         if fetching is None:
             self._read_cached(request, part, cache)
@@ -233,7 +233,7 @@ class Fetcher:
             part.set_result(block.extract(done.result(), request).copy())
 
         fetching.add_done_callback(deliver)
-        if begun:
+        if is_first:
             fetching.add_done_callback(write_to_cache)
             self._pool.submit(self._run, _Race(block, result=fetching))
 
@@ -291,8 +291,8 @@ class Fetcher:
     def _attempt(self, race: _Race) -> bool:
         """Fetch the range once. Returns whether this attempt has won the race."""
         request = race.request
-        begun = time.monotonic()
-        deadline = begun + READ_SECONDS + request.length / MIN_BYTES_PER_SECOND
+        started = time.monotonic()
+        deadline = started + READ_SECONDS + request.length / MIN_BYTES_PER_SECOND
 
         def progress(num_bytes: int) -> bool:
             self.stats.count(bytes_fetched=num_bytes)
@@ -303,7 +303,7 @@ class Fetcher:
         # A buffer for each attempt: both of a race may receive at the same time.
         payload = np.empty(request.payload_bytes(), np.uint8)
         request.store.fetch(request.object, request.offset, request.buffers(payload.data), progress)
-        self.stats.add_seconds(time.monotonic() - begun)
+        self.stats.add_seconds(time.monotonic() - started)
         return race.win(payload)
 
     def _hedge(self, race: _Race) -> None:

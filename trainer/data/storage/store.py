@@ -70,7 +70,7 @@ class Store(Protocol):
     """Whether a slow read may be slow by chance, so that a second one may be faster."""
 
     def list(self) -> list[Object]:
-        """All objects, sorted by name. Raises UserError where the place cannot be read."""
+        """All objects, sorted by name. Raises UserError if the place cannot be read."""
         ...
 
     def open(self, name: str) -> BinaryIO:
@@ -96,14 +96,14 @@ class Store(Protocol):
     def fetch(self, obj: Object, offset: int, buffers: Sequence[memoryview], on_chunk: ChunkCallback) -> None:
         """Fill the buffers, one after another, with the bytes of `obj` from `offset` on.
 
-        Raises TransientError, AbandonedError where `on_chunk` returns False, and UserError where the object
+        Raises TransientError, AbandonedError if `on_chunk` returns False, and UserError if the object
         has been replaced or removed, or may not be read.
         """
         ...
 
 
 def open_store(url: str) -> Store:
-    """The store at a folder or at gs://bucket/prefix. Raises UserError where the address is neither."""
+    """The store at a folder or at gs://bucket/prefix. Raises UserError if the address is neither."""
     if url.startswith("gs://"):
         return Bucket(url)
     if "://" in url:
@@ -180,13 +180,13 @@ class Folder:
         return Object(name, stat.st_size, stat.st_mtime_ns, None)
 
 
-def _read_vectored(descriptor: int, buffers: Sequence[memoryview], where: str) -> None:
-    """Fill the buffers from a file's current position. Raises TransientError where the file ends before."""
+def _read_vectored(descriptor: int, buffers: Sequence[memoryview], address: str) -> None:
+    """Fill the buffers from a file's current position. Raises TransientError if the file ends before."""
     views = list(buffers)
     while views:
         num_read = os.readv(descriptor, views[:1024])  # 1,024 is IOV_MAX, the most that a call may have
         if num_read == 0:
-            raise TransientError(f"{where}: ends {sum(map(len, views)):,} bytes early")
+            raise TransientError(f"{address}: ends {sum(map(len, views)):,} bytes early")
         while views and num_read >= len(views[0]):
             num_read -= len(views.pop(0))
         if num_read:
@@ -258,7 +258,7 @@ class Bucket:
         import urllib3
         from google.auth.exceptions import GoogleAuthError, TransportError
 
-        where = f"{self.url}/{obj.name}"
+        address = f"{self.url}/{obj.name}"
         size = sum(len(view) for view in buffers)
         path = f"/download/storage/v1/b/{self._bucket.name}/o/{quote(self._prefix + obj.name, safe='')}"
         try:
@@ -271,26 +271,26 @@ class Bucket:
                 timeout=(CONNECT_SECONDS, google.READ_SECONDS),
             )
             with response:
-                self._check(response, obj, where)
-                _copy_body(response.raw, buffers, where, on_chunk)
+                self._check(response, obj, address)
+                _copy_body(response.raw, buffers, address, on_chunk)
         except (requests.RequestException, urllib3.exceptions.HTTPError, TransportError, OSError) as e:
-            raise TransientError(f"{where}: {google.first_line(e)}") from None
+            raise TransientError(f"{address}: {google.first_line(e)}") from None
         except GoogleAuthError as e:
             if google.is_passing(e):
-                raise TransientError(f"{where}: no credentials now: {google.first_line(e)}") from None
-            raise UserError(google.refused(where, e)) from None
+                raise TransientError(f"{address}: no credentials now: {google.first_line(e)}") from None
+            raise UserError(google.refused(address, e)) from None
 
     def _translate_errors(self) -> contextlib.AbstractContextManager[None]:
         """Google's errors as UserError for what the user must mend, and UnreachableError."""
         return google.explained(self.url, bucket=self._bucket.name, roles=ROLES)
 
-    def _check(self, response: Any, obj: Object, where: str) -> None:
+    def _check(self, response: Any, obj: Object, address: str) -> None:
         """Raise what an HTTP response means for a range of `obj`; return if it is as asked for."""
         status = response.status_code
         if status in (408, 429) or status >= 500:
-            raise TransientError(f"{where}: HTTP {status}", throttled=status == 429)
+            raise TransientError(f"{address}: HTTP {status}", throttled=status == 429)
         if status in (401, 403):
-            raise UserError(google.denied(where, status, ROLES))
+            raise UserError(google.denied(address, status, ROLES))
         # The object may be gone or replaced. Which of the two is a small request away, and the user must
         # know.
         if status == 404:
@@ -303,13 +303,13 @@ class Bucket:
             raise _overwritten_error(self.url, obj)
         # 200 would bring the whole object, because a proxy has ignored the range.
         if status != 206:
-            raise TransientError(f"{where}: HTTP {status} instead of 206 for a range")
+            raise TransientError(f"{address}: HTTP {status} instead of 206 for a range")
 
     def _blob(self, name: str) -> Any:
         return self._bucket.blob(self._prefix + name)
 
 
-def _copy_body(raw: Any, buffers: Sequence[memoryview], where: str, on_chunk: ChunkCallback) -> None:
+def _copy_body(raw: Any, buffers: Sequence[memoryview], address: str, on_chunk: ChunkCallback) -> None:
     """Copy a response's body into the buffers. No other copy of these bytes is made in this process."""
     views = iter(buffers)
     view = next(views)
@@ -322,12 +322,12 @@ def _copy_body(raw: Any, buffers: Sequence[memoryview], where: str, on_chunk: Ch
             following = next(views, None)
             if following is None:
                 if len(chunk):
-                    raise TransientError(f"{where}: the body is longer than asked for")
+                    raise TransientError(f"{address}: the body is longer than asked for")
                 return
             view = following
         view[: len(chunk)] = chunk
         view = view[len(chunk) :]
-    raise TransientError(f"{where}: the body ends {sum(map(len, [view, *views])):,} bytes early")
+    raise TransientError(f"{address}: the body ends {sum(map(len, [view, *views])):,} bytes early")
 
 
 def _client() -> "Client":

@@ -71,7 +71,7 @@ def convert(
     """Write the dataset, continuing a killed conversion; a complete dataset is left as it is.
 
     `begin` is called with the number of parts and the bytes of the input before the first is read. Raises
-    UserError where the input cannot be converted completely; then nothing is published.
+    UserError if the input cannot be converted completely; then nothing is published.
     """
     _check_apart(source, destination, settings.kind)
     listing = inputs.list_input(
@@ -99,7 +99,7 @@ def convert(
 
 
 def read_classes(url: str) -> tuple[str, ...]:
-    """The class names of another dataset. Raises UserError where it has none."""
+    """The class names of another dataset. Raises UserError if it has none."""
     try:
         classes = parse_manifest(open_store(url).read(MANIFEST), url).classes
     except (FileNotFoundError, NotADirectoryError):
@@ -221,7 +221,7 @@ def _write_shard(
 
 
 def _prepare(item: Item, settings: Settings, classes: Sequence[str] | None) -> tuple[bytes, int]:
-    """The bytes to write and the label. Raises UserError where an item is not an image with a label."""
+    """The bytes to write and the label. Raises UserError if an item is not an image with a label."""
     try:
         label = zero_based_label(item.label, settings.first_label)
     except ValueError as e:
@@ -254,8 +254,8 @@ def _journal(source: str, settings: Settings, listing: Listing) -> dict[str, Any
     folder, pattern = split_pattern(source)
     fields = asdict(settings)
     fields["classes"] = list(listing.classes) if listing.classes else None
-    where = canonical(folder) if pattern == "*" else f"{canonical(folder)}/{pattern}"
-    return {"source": where, **fields, "input": listing.digest}
+    address = canonical(folder) if pattern == "*" else f"{canonical(folder)}/{pattern}"
+    return {"source": address, **fields, "input": listing.digest}
 
 
 def _check_destination(store: Store, journal: dict[str, Any]) -> dict[str, Object]:
@@ -270,14 +270,14 @@ def _check_destination(store: Store, journal: dict[str, Any]) -> dict[str, Objec
         what = "holds a dataset already" if MANIFEST in objects else f"is not empty ({min(objects)}, …)"
         raise UserError(f"{store.url} {what}; give an empty folder or prefix")
     try:
-        begun = dict(json.loads(store.read(JOURNAL)))
+        existing = dict(json.loads(store.read(JOURNAL)))
     except (ValueError, TypeError):
         raise UserError(f"{store.url}/{JOURNAL} is damaged; give an empty folder or prefix") from None
-    changed = [key for key in journal if begun.get(key) != journal[key]]
+    changed = [key for key in journal if existing.get(key) != journal[key]]
     if changed:
         state = "a conversion" if MANIFEST in objects else "an unfinished conversion"
         raise UserError(
-            f"{store.url} holds {state} of {begun.get('source')} that differs in {', '.join(changed)}; "
+            f"{store.url} holds {state} of {existing.get('source')} that differs in {', '.join(changed)}; "
             "undo that, or give an empty folder or prefix"
         )
     return objects

@@ -17,7 +17,7 @@ def shrink(content: bytes, short_side: int) -> bytes:
     """Bring the short side of an image to at most `short_side` pixels: unchanged if it is, else antialiased
     and as JPEG.
 
-    Raises ValueError where the image does not decode.
+    Raises ValueError if the image does not decode.
     """
     from trainer.data.pixels.decode import decode
 

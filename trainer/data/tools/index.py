@@ -35,7 +35,7 @@ def index(
     """Scan all shards and publish their table, beside them or at `destination`.
 
     `begin` is called with the number of shards and their bytes, and returns a function that is called with
-    the records and bytes of each shard once it is scanned. Raises UserError where a shard cannot be read
+    the records and bytes of each shard once it is scanned. Raises UserError if a shard cannot be read
     completely.
     """
     store, objects = list_shards(source)

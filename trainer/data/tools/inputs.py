@@ -40,7 +40,7 @@ class Part(Protocol):
     def num_bytes(self) -> int: ...
 
     def items(self) -> Iterator[Item]:
-        """The images of this part. Raises UserError where something cannot be read."""
+        """The images of this part. Raises UserError if something cannot be read."""
         ...
 
 
@@ -57,7 +57,7 @@ class Listing:
 def list_input(
     kind: str, source: str, *, classes: tuple[str, ...] | None, part_bytes: int, seed: int
 ) -> Listing:
-    """List an input of one of KINDS. Raises UserError where it is not what `kind` says."""
+    """List an input of one of KINDS. Raises UserError if it is not what `kind` says."""
     if kind == "imagefolder":
         return _list_folder(source, classes, part_bytes, seed)
     store, objects = list_shards(source)
@@ -180,7 +180,7 @@ class ShardPart:
 
 
 def _images_and_labels(kind: str, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """The image and the label of each record. Raises ValueError where the shard is damaged."""
+    """The image and the label of each record. Raises ValueError if the shard is damaged."""
     if kind == "parquet":
         return _parquet_images_and_labels(file)
     return ((entry.image, entry.label) for entry in FORMATS[kind].scan(file))

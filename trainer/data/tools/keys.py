@@ -29,7 +29,7 @@ def keys(
     """The first `num_keys` samples from position `start` on that host `host` of `hosts` reads; all hosts' if
     it is None.
 
-    Raises UserError where the source has no shards or `hosts` does not divide the batch.
+    Raises UserError if the source has no shards or `hosts` does not divide the batch.
     """
     path, size = config.data.train.path, config.train.batch_size
     if path is None:

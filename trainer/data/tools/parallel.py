@@ -21,7 +21,7 @@ def run(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) ->
     """Yield function(task) for each task, in the order in which they end, computed by `jobs` processes.
 
     The first exception ends the work: tasks that run are finished, tasks that wait are dropped. Raises
-    UserError where a process is killed.
+    UserError if a process is killed.
     """
     if jobs == 1 or len(tasks) < 2:
         yield from map(function, tasks)

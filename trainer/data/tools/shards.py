@@ -33,7 +33,7 @@ def split_pattern(url: str) -> tuple[str, str]:
 
 
 def list_shards(url: str) -> tuple[Store, list[Object]]:
-    """The store and the objects at an address, which may end in a pattern. Raises UserError where there are none."""
+    """The store and the objects at an address, which may end in a pattern. Raises UserError if there are none."""
     folder, pattern = split_pattern(url)
     store = open_store(folder)
     objects = [obj for obj in store.list() if fnmatchcase(obj.name, pattern)]
@@ -45,7 +45,7 @@ def list_shards(url: str) -> tuple[Store, list[Object]]:
 
 
 def check_name(path: str) -> None:
-    """Raise UserError where a name cannot be written into a dataset."""
+    """Raise UserError if a name cannot be written into a dataset."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -73,7 +73,7 @@ def stream(requests: Iterable[RangeRequest]) -> Iterator[np.ndarray]:
 def open_verified(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
     """A shard as a local file, and the crc32c of the whole shard.
 
-    Raises UserError where the content received is not what the store has.
+    Raises UserError if the content received is not what the store has.
     """
     if obj.crc32c is None:  # a local file, of which nobody knows the checksum
         with store.open(obj.name) as file:
@@ -93,7 +93,7 @@ def open_verified(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def zero_based_label(label: int, first_label: int) -> int:
-    """A label counted from 0. Raises ValueError where that is no valid label."""
+    """A label counted from 0. Raises ValueError if that is no valid label."""
     counted = label - first_label
     if not 0 <= counted < 2**31:
         less = f" less --first-label {first_label}" if first_label else ""

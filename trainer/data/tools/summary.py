@@ -56,7 +56,7 @@ def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
     """Draw up to `count` images, evenly spaced in the dataset, with their classes, to a PNG. Returns how many
     there were.
 
-    Raises UserError where one of them is damaged.
+    Raises UserError if one of them is damaged.
     """
     from trainer.data.pixels.decode import decode
 

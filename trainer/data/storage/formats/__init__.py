@@ -37,7 +37,7 @@ def format_of(name: str) -> str | None:
 def detect_format(names: Iterable[str]) -> str:
     """The one format of all shards among these names. Other files are ignored.
 
-    Raises UserError where there is no shard, a compressed one, or more than one format.
+    Raises UserError if there is no shard, a compressed one, or more than one format.
     """
     names = list(names)
     examples = {name_format: name for name in reversed(names) if (name_format := format_of(name))}

@@ -76,7 +76,7 @@ def _payload_position(offset: int) -> int:
 
 
 def _read(file: BinaryIO, position: int, size: int) -> bytes:
-    """Read `size` bytes of the payload. Raises ValueError where the file ends before."""
+    """Read `size` bytes of the payload. Raises ValueError if the file ends before."""
     offset = _file_offset(position)
     length = _file_offset(position + size - 1) + 1 - offset if size else 0
     file.seek(offset)
@@ -89,7 +89,7 @@ def _read(file: BinaryIO, position: int, size: int) -> bytes:
 def _footer_offset(file: BinaryIO) -> int:
     """Where the records end, in bytes of the file.
 
-    The last block says so, in equal records of the only chunk there. Raises ValueError where it does not.
+    The last block says so, in equal records of the only chunk there. Raises ValueError if it does not.
     """
     size = file.seek(0, 2)
     if size >= 2 * FRAMING.period and size % FRAMING.period == 0:

@@ -42,5 +42,5 @@ class Format(Protocol):
     """None where records are stored in one piece."""
 
     def scan(self, file: BinaryIO) -> Iterator[ScannedRecord]:
-        """The records of a shard, in order. Raises ValueError, with the byte, where the shard is damaged or cut off."""
+        """The records of a shard, in order. Raises ValueError, with the byte, if the shard is damaged or cut off."""
         ...
