@@ -11,7 +11,7 @@ import optax
 
 from configs.load import load
 from configs.schema import RunConfig, num_examples
-from trainer.mesh import each_device, make_mesh, rows
+from trainer.mesh import batch_sharding, make_mesh, per_device_sharding
 from trainer.state import Network, TrainState, abstract_state, make_optimizer, make_schedule
 from trainer.step import Batch, make_train_step
 
@@ -54,8 +54,10 @@ def setup(config: RunConfig, *, steps: int) -> Setup:
     return Setup(
         step=make_train_step(config, network, optimizer, schedule, abstract, mesh),
         abstract=abstract,
-        batch=Batch(jax.device_put(images, rows(mesh)), jax.device_put(labels, rows(mesh))),
-        requests=jax.device_put(np.zeros((mesh.size, 2), np.float32), each_device(mesh)),
+        batch=Batch(
+            jax.device_put(images, batch_sharding(mesh)), jax.device_put(labels, batch_sharding(mesh))
+        ),
+        requests=jax.device_put(np.zeros((mesh.size, 2), np.float32), per_device_sharding(mesh)),
         schedule=schedule,
     )
 

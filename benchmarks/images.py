@@ -17,7 +17,7 @@ from _common import print_table
 from _images import photographs
 
 from configs.schema import AugmentConfig, DataConfig
-from trainer.data.images import eval_image, train_image
+from trainer.data.pixels.transform import eval_image, train_image
 
 SIZE = 224
 BARE = "simplejpeg's own loop"

@@ -28,10 +28,10 @@ from configs.load import load
 from configs.schema import RunConfig
 from tests import gcs
 from tests.trainer import datasets
-from trainer.data.order import Demand, Order, train_order
-from trainer.data.records import open_splits
-from trainer.data.storage import open_store
-from trainer.data.table import MANIFEST, RECORD, RECORDS, Shard, publish
+from trainer.data.order import Order, ProcessStream, train_order
+from trainer.data.sources.records import open_splits
+from trainer.data.storage.dataset import MANIFEST, RECORD_DTYPE, RECORDS, Shard, publish
+from trainer.data.storage.store import open_store
 
 DISTINCT = 256
 BATCH = 256
@@ -68,8 +68,8 @@ def read(config: RunConfig, *, position: int = 0, count: int) -> dict[str, float
     begun, cpu = time.perf_counter(), time.process_time()
     split, _ = open_splits(config)
     order = train_order(config, len(split), split.block_starts)
-    demand = Demand(order, position, position + count, BATCH, np.arange(BATCH))
-    with closing(split.samples(demand, train=True)) as samples, ThreadPoolExecutor(THREADS) as pool:
+    stream = ProcessStream(order, position, position + count, BATCH, np.arange(BATCH))
+    with closing(split.samples(stream, train=True)) as samples, ThreadPoolExecutor(THREADS) as pool:
         first = 0.0
         for _ in pool.map(samples.__getitem__, range(count)):
             first = first or time.perf_counter() - begun
@@ -159,14 +159,14 @@ def scale(num_photographs: int) -> None:
 def planning() -> None:
     """What the order costs for 10⁷ records, without reading any."""
     n = 10_000_000
-    records = np.zeros(n, RECORD)
+    records = np.zeros(n, RECORD_DTYPE)
     begun = time.perf_counter()
     order = Order(n, 0, "blocks", np.arange(0, n, 38), lanes=64, window=128)
     order.index(n // 2)
     ready = time.perf_counter() - begun
     begun = time.perf_counter()
     windows = 0
-    for _, key in Demand(order, 0, n // BATCH * BATCH, BATCH, np.arange(BATCH)).windows():
+    for _, key in ProcessStream(order, 0, n // BATCH * BATCH, BATCH, np.arange(BATCH)).windows():
         order.records(key)
         windows += 1
     whole = time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""Networks: name -> constructor. A new family is one file here and one line below."""
+"""The networks, by name. A new family is one file here and one branch below."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +9,7 @@ from models.resnet import ResNet
 
 
 def build(config: ModelConfig, rngs: nnx.Rngs) -> ResNet:
-    """The network that `config` describes, with fresh float32 parameters."""
+    """The network that `config` describes, with fresh float32 parameters drawn from `rngs`."""
     return ResNet(
         ARCHITECTURES[config.name],
         num_classes=config.num_classes,

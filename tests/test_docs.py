@@ -40,7 +40,7 @@ from launcher.providers import cloud_tpu
 from launcher.rundir import RunDirectory
 from tests import gcs, tpu_api
 from tests.trainer import datasets
-from trainer.data import storage as data_storage
+from trainer.data.storage import store as data_storage
 
 REPOSITORY = Path(configs.__file__).parent.parent
 DOCS = REPOSITORY / "docs"

@@ -1,1 +1,1 @@
-"""Training, given an initialised jax runtime and a config. Knows no cluster."""
+"""Training, given an initialised jax runtime and a config. Nothing in here knows of clusters."""

@@ -1,10 +1,12 @@
-"""Augmentation on the devices, inside the step: from uint8 images and labels to floats and targets.
+"""Augmentation on the devices, within the step: from uint8 images and labels to float32 images and targets.
 
-A row's draws depend on the step's key and on the row, never on the device that holds it. What mixes does so
-within a pair of rows, 2k and 2k + 1: no device needs a row of another. What is off is not in the program.
+The random draws of a row depend on the step's key and on the row, never on the device that holds the row.
+Mixing happens within pairs of rows, 2k and 2k + 1, so no device needs a row of another. What the recipe turns
+off is not part of the compiled program.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,38 +15,49 @@ import optax
 from configs.schema import AugmentConfig, DataConfig, RunConfig
 
 ERASED_AREA = (0.02, 0.33)
+"""Smallest and largest erased area, as a fraction of the image (Zhong et al. 2017, arXiv:1708.04896)."""
 ERASED_RATIO = (0.3, 3.3)
+"""Smallest and largest ratio of height to width of the erased rectangle."""
 ERASING_TRIES = 10
 
 
 def augment(
     images: jax.Array, labels: jax.Array, key: jax.Array, config: RunConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Augmented, normalised images and their targets, both float32.
+    """Augment, normalise and label a batch as `config.augment` says.
 
-    `images` is (batch, height, width, 3) uint8, `labels` (batch,) int32. Targets are (batch, num_classes): each
-    row sums to 1, but that of a label -1 is 0, and such a row is mixed into no other.
+    `images` is (batch, height, width, 3) uint8, `labels` (batch,) int32, `key` a typed PRNG key. Returns
+    images of the same shape and targets (batch, num_classes), both float32. The targets of a row sum to 1,
+    but for a label of -1 all are 0, and such a row is never mixed with another.
     """
     settings = config.augment
+    # Always all four, so that turning one augmentation on leaves the draws of the others as they are.
     flip_key, jitter_key, erasing_key, mix_key = jax.random.split(key, 4)
     if settings.flip:
+        # On uint8, which is a quarter of the bytes to move.
         mirrored = jax.random.bernoulli(flip_key, 0.5, (images.shape[0], 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
-    pixels = _jitter(images.astype(jnp.float32) / 255, settings, jitter_key)
+    pixels = _color_jitter(images.astype(jnp.float32) / 255, settings, jitter_key)
     pixels = _standardise(pixels, config.data)
+    # After standardising, when 0 is the mean colour.
     if settings.erasing:
-        pixels = jnp.where(_erased(pixels.shape[:3], settings.erasing, erasing_key)[..., None], 0, pixels)
+        pixels = jnp.where(
+            _erasing_mask(pixels.shape[:3], settings.erasing, erasing_key)[..., None], 0, pixels
+        )
+    # Smoothed before mixing, which is linear, so the order of the two makes no difference.
     targets = optax.smooth_labels(
         jax.nn.one_hot(labels, config.model.num_classes), config.train.label_smoothing
     )
     targets = jnp.where(labels[:, None] >= 0, targets, 0)
     if settings.mixup or settings.cutmix:
-        pixels, targets = _mix(pixels, targets, labels, settings, mix_key)
+        pixels, targets = _mix_pairs(pixels, targets, labels, settings, mix_key)
     return pixels, targets
 
 
 def normalise(images: jax.Array, data: DataConfig) -> jax.Array:
-    """float32 images of mean 0 and deviation 1, from uint8."""
+    """Scale (batch, height, width, 3) uint8 images to float32 of mean 0 and standard deviation 1, by the
+    dataset's figures.
+    """
     return _standardise(images.astype(jnp.float32) / 255, data)
 
 
@@ -53,39 +66,47 @@ def _standardise(pixels: jax.Array, data: DataConfig) -> jax.Array:
     return (pixels - mean) / std
 
 
-def _jitter(pixels: jax.Array, settings: AugmentConfig, key: jax.Array) -> jax.Array:
-    """torchvision's ColorJitter of images in [0, 1]: each blends with black, mean grey or grey, in this order."""
-    spreads = dict(zip(("black", "mean", "grey"), settings.color_jitter, strict=True))
-    shades = {"black": jnp.zeros_like, "mean": lambda x: _mean(_grey(x)), "grey": _grey}
-    for (name, spread), its_key in zip(spreads.items(), jax.random.split(key, len(spreads)), strict=True):
-        if not spread:
-            continue
-        shape = (len(pixels), 1, 1, 1)
-        factor = jax.random.uniform(its_key, shape, minval=1 - spread, maxval=1 + spread)
-        other = shades[name](pixels)
-        pixels = jnp.clip(factor * pixels + (1 - factor) * other, 0, 1)
+def _color_jitter(pixels: jax.Array, settings: AugmentConfig, key: jax.Array) -> jax.Array:
+    """torchvision's ColorJitter without hue, of images in [0, 1]: brightness, contrast and saturation, in
+    this order.
+
+    Each blends the image with another one: with black, with its mean grey, and with its grey version.
+    """
+    others: list[Callable[[jax.Array], jax.Array]] = [jnp.zeros_like, lambda x: _exact_mean(_grey(x)), _grey]
+    for other, spread, draw_key in zip(others, settings.color_jitter, jax.random.split(key, 3), strict=True):
+        if spread:
+            shape = (len(pixels), 1, 1, 1)
+            factor = jax.random.uniform(draw_key, shape, minval=1 - spread, maxval=1 + spread)
+            pixels = jnp.clip(factor * pixels + (1 - factor) * other(pixels), 0, 1)
     return pixels
 
 
 def _grey(pixels: jax.Array) -> jax.Array:
-    """(batch, height, width, 1): luma (ITU-R BT.601), with torchvision's digits."""
+    """The luma of each pixel (ITU-R BT.601) with torchvision's rounded weights: (batch, height, width, 1)."""
     red, green, blue = jnp.split(pixels, 3, axis=-1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-def _mean(grey: jax.Array) -> jax.Array:
-    """(batch, 1, 1, 1): the mean of each image, to the same bits however the compiler orders the sum."""
+def _exact_mean(grey: jax.Array) -> jax.Array:
+    """The mean of each image, (batch, 1, 1, 1), the same to the last bit on every mesh.
+
+    A sum of floats depends on the order in which the compiler adds them, a sum of integers does not.
+    """
     size = grey.shape[1] * grey.shape[2]
-    one = 2 ** (30 - size.bit_length())  # the finest unit of which int32 holds the sum
+    one = 2 ** (30 - size.bit_length())  # the finest fixed point whose sum still fits into int32
     return jnp.rint(grey * one).astype(jnp.int32).sum((1, 2), keepdims=True) / (one * size)
 
 
-def _erased(shape: tuple[int, ...], probability: float, key: jax.Array) -> jax.Array:
-    """(batch, height, width) bool: a rectangle of a share of the rows (Zhong et al. 2017), as torchvision draws it.
+def _erasing_mask(shape: tuple[int, ...], probability: float, key: jax.Array) -> jax.Array:
+    """Random erasing (Zhong et al. 2017) as torchvision draws it: (batch, height, width) bool, true in what
+    is erased.
 
-    The first of ten rectangles that fits, and where none does, none.
+    A row is chosen with `probability`. Of ten random rectangles the first that fits into the image is erased;
+    if none fits, nothing is.
     """
     batch, height, width = shape
+    # All ten tries are drawn and the first that fits is selected, because a compiled program has no early
+    # end.
     draws = jax.random.uniform(key, (batch, 4 * ERASING_TRIES + 1))
     area, log_ratio, top, left = draws[:, 1:].reshape(batch, 4, ERASING_TRIES).swapaxes(0, 1)
     area = height * width * (ERASED_AREA[0] + area * (ERASED_AREA[1] - ERASED_AREA[0]))
@@ -94,61 +115,76 @@ def _erased(shape: tuple[int, ...], probability: float, key: jax.Array) -> jax.A
     h, w = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
     fits = (h < height) & (w < width)
     top, left = jnp.floor(top * (height - h + 1)), jnp.floor(left * (width - w + 1))
+    # The argmax of booleans is the first true one.
     first = jnp.argmax(fits, axis=1)[:, None]
     box = [jnp.take_along_axis(x, first, 1)[:, 0] for x in (top, left, top + h, left + w)]
     erased = (draws[:, 0] < probability) & fits.any(1)
-    return _inside(box, height, width) & erased[:, None, None]
+    return _rectangle_mask(box, height, width) & erased[:, None, None]
 
 
-def _inside(box: list[jax.Array], height: int, width: int) -> jax.Array:
-    """(n, height, width) bool: the pixels from (top, left) to before (bottom, right), each (n,)."""
+def _rectangle_mask(box: list[jax.Array], height: int, width: int) -> jax.Array:
+    """(n, height, width) bool, true from (top, left) to just before (bottom, right); each of these four is
+    (n,).
+    """
     top, left, bottom, right = (x[:, None, None] for x in box)
     row, column = jnp.arange(height)[:, None], jnp.arange(width)
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
 
 
-def _mix(
+def _mix_pairs(
     pixels: jax.Array, targets: jax.Array, labels: jax.Array, settings: AugmentConfig, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Both rows of each pair are blended with the other: mixup everywhere alike, CutMix within a rectangle."""
+    """Blend both rows of each pair with the other row, pixels and targets: by mixup over the whole image, or
+    by CutMix.
+
+    Where both are on, each pair draws one of the two.
+    """
     batch, height, width, _ = pixels.shape
     choice_key, mixup_key, cutmix_key = jax.random.split(key, 3)
     pairs = batch // 2
-    own = share = jnp.ones((pairs, 1, 1))  # weights of a row's own pixels, and of its own label
+    own_pixels = own_label = jnp.ones((pairs, 1, 1))  # the weights of a row itself; its partner has the rest
     if settings.mixup:
-        own = share = _symmetric_beta(mixup_key, settings.mixup, pairs)[:, None, None]
+        own_pixels = own_label = _symmetric_beta(mixup_key, settings.mixup, pairs)[:, None, None]
     if settings.cutmix:
-        kept = 1.0 - _pasted(pairs, height, width, settings.cutmix, cutmix_key)
+        kept = 1.0 - _cutmix_mask(pairs, height, width, settings.cutmix, cutmix_key)
+        # As timm does for both: either is chosen with the same probability.
         cuts = jax.random.bernoulli(choice_key, 0.5, (pairs, 1, 1)) if settings.mixup else True
-        # The rectangle may reach over the edge: the label counts what was pasted.
-        own, share = jnp.where(cuts, kept, own), jnp.where(cuts, kept.mean((1, 2), keepdims=True), share)
+        own_pixels = jnp.where(cuts, kept, own_pixels)
+        # The edge of the image may cut the rectangle off, so the weight of the label is the area really
+        # pasted.
+        own_label = jnp.where(cuts, kept.mean((1, 2), keepdims=True), own_label)
     both_count = (labels.reshape(pairs, 2) >= 0).all(1)[:, None, None]
-    own, share = jnp.where(both_count, own, 1), jnp.where(both_count, share, 1)
+    own_pixels, own_label = jnp.where(both_count, own_pixels, 1), jnp.where(both_count, own_label, 1)
 
-    def blend(x: jax.Array, share: jax.Array) -> jax.Array:
-        two = x.reshape(pairs, 2, *x.shape[1:])
-        return (share * two + (1 - share) * two[:, ::-1]).reshape(x.shape)
+    def blend(x: jax.Array, own: jax.Array) -> jax.Array:
+        both = x.reshape(pairs, 2, *x.shape[1:])
+        return (own * both + (1 - own) * both[:, ::-1]).reshape(x.shape)
 
-    return blend(pixels, own[:, None, :, :, None]), blend(targets, share)
+    return blend(pixels, own_pixels[:, None, :, :, None]), blend(targets, own_label)
 
 
-def _pasted(pairs: int, height: int, width: int, alpha: float, key: jax.Array) -> jax.Array:
-    """(pairs, height, width) bool: CutMix's rectangle (Yun et al. 2019), about any pixel, cut off at the edge."""
-    share_key, place_key = jax.random.split(key)
-    side = jnp.sqrt(1 - _symmetric_beta(share_key, alpha, pairs))
-    at = jnp.floor(jax.random.uniform(place_key, (pairs, 2)) * jnp.array([height, width]))
+def _cutmix_mask(pairs: int, height: int, width: int, alpha: float, key: jax.Array) -> jax.Array:
+    """CutMix (Yun et al. 2019, arXiv:1905.04899): (pairs, height, width) bool, true in what the partner
+    pastes.
+
+    The centre of the rectangle is any pixel, and the edge of the image cuts the rectangle off.
+    """
+    area_key, centre_key = jax.random.split(key)
+    side = jnp.sqrt(1 - _symmetric_beta(area_key, alpha, pairs))
+    centre = jnp.floor(jax.random.uniform(centre_key, (pairs, 2)) * jnp.array([height, width]))
     half = jnp.floor(side[:, None] * jnp.array([height, width])) // 2
-    (top, left), (bottom, right) = (at - half).T, (at + half).T
-    return _inside([top, left, bottom, right], height, width)
+    (top, left), (bottom, right) = (centre - half).T, (centre + half).T
+    return _rectangle_mask([top, left, bottom, right], height, width)
 
 
 def _symmetric_beta(key: jax.Array, alpha: float, n: int) -> jax.Array:
-    """(n,) draws of Beta(α, α) in closed form: Student's t by Bailey (1994), carried over to [0, 1].
+    """Draw (n,) float32 from Beta(α, α) in closed form: Student's t by Bailey (1994), mapped to [0, 1].
 
-    jax.random.beta rejects and tries again; over several devices each try waits for all of them.
+    jax.random.beta would draw again until a draw is accepted, and over several devices all wait for the
+    slowest.
     """
     u, v = jax.random.uniform(key, (n, 2)).T
     log_s, c = jnp.log(u) / alpha, jnp.cos(2 * jnp.pi * v)
-    rest = -jnp.expm1(log_s)  # 1 − s
-    x = (1 + c * jnp.sqrt(rest / (jnp.exp(log_s) + rest * c**2))) / 2
-    return jnp.clip(x, 0, 1)  # rounding passes the ends
+    complement = -jnp.expm1(log_s)  # 1 − s, without cancellation where s is close to 1
+    x = (1 + c * jnp.sqrt(complement / (jnp.exp(log_s) + complement * c**2))) / 2
+    return jnp.clip(x, 0, 1)  # rounding errors may lead just outside of it

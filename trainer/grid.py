@@ -1,4 +1,4 @@
-"""Many images in one picture, for TensorBoard and for contact sheets."""
+"""A grid of many images as one picture, for TensorBoard and for the contact sheet of `launch data inspect`."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 TILE = 64
+"""Smallest side of a tile, in pixels."""
 
 
 def captioned_grid(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """(n, height, width, 3) uint8 to one (rows × tile, columns × tile, 3) picture, tiles of at least 64 px."""
+    """Draw (n, height, width, 3) uint8 images as one grid, as square as possible, with a caption below each
+    image.
+
+    Returns (height, width, 3) uint8. A tile is as large as an image, but at least 64 pixels wide.
+    """
     columns = int(np.ceil(np.sqrt(len(images))))
     tile, text = max(TILE, images.shape[1]), 12
     num_rows = -(-len(images) // columns)

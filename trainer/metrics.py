@@ -1,4 +1,4 @@
-"""What a run tells the outside: TensorBoard events, and the figures behind the progress line."""
+"""What a run reports: TensorBoard events, and the figures behind the progress line."""
 
 import time
 from collections import defaultdict
@@ -15,25 +15,30 @@ from trainer.step import StepMetrics
 from trainer.upload import Uploader
 
 INPUT_BOUND_SHARE = 0.1
+"""A run that waits for data for more than this share of its time is called input-bound."""
 
 
 class Stopwatch:
-    """Wall seconds by activity. What is in no `span` is compute: the device is what the loop waits for."""
+    """Wall seconds by activity. Time outside of every `span` counts as compute: then the loop waits for the
+    devices.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def span(self, activity: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - begun
+            self.seconds[activity] += time.perf_counter() - started
 
 
-class Interval:
-    """Train metrics since the last log entry. Its clock stops in evaluation, which is no training time."""
+class LogInterval:
+    """The train metrics since the last log entry. Its clock stops during evaluation, which is not training
+    time.
+    """
 
     def __init__(self, batch_size: int, stopwatch: Stopwatch):
         self._batch_size = batch_size
@@ -42,7 +47,7 @@ class Interval:
 
     def reset(self) -> None:
         self._steps: list[StepMetrics] = []
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
         self._before = dict(self._stopwatch.seconds)
 
     def add(self, step: StepMetrics) -> None:
@@ -52,13 +57,16 @@ class Interval:
         return len(self._steps)
 
     def summary(self) -> dict[str, float]:
-        """Means over the interval, images a second, and seconds a step by activity."""
+        """Means over the interval, images a second, and seconds a step by activity, under the names that
+        TensorBoard shows.
+        """
         n = len(self._steps)
         spent = {
             activity: seconds - self._before.get(activity, 0.0)
             for activity, seconds in self._stopwatch.seconds.items()
         }
-        elapsed = time.perf_counter() - self._begun - spent.get("evaluation", 0.0)
+        elapsed = time.perf_counter() - self._started - spent.get("evaluation", 0.0)
+        # What the loop does between waiting and saving is to wait for the devices.
         data_wait = spent.get("data_wait", 0.0)
         checkpoint = spent.get("checkpoint", 0.0)
         return {
@@ -75,15 +83,16 @@ class Interval:
         }
 
 
-def bound(data_wait_share: float) -> str:
-    """What to make faster, in words."""
+def bottleneck(data_wait_share: float) -> str:
+    """What limits the speed, in words."""
     return "input-bound" if data_wait_share > INPUT_BOUND_SHARE else "compute-bound"
 
 
 class TensorBoard:
-    """Event files in a folder or under gs://; on process 0 alone, elsewhere nothing happens.
+    """Event files in a folder or under gs://, written by the process for which `active` is true; the others
+    write nothing.
 
-    A run resumed from step `start` has TensorBoard forget what an earlier attempt wrote of later steps.
+    When a run resumes from step `start`, TensorBoard drops what an earlier attempt wrote about later steps.
     """
 
     def __init__(self, logdir: str, *, active: bool, start: int = 0):
@@ -94,6 +103,7 @@ class TensorBoard:
         if logdir.startswith("gs://"):
             self._uploader = Uploader(logdir)
             logdir = str(self._uploader.folder)
+        # Flushed often, so that TensorBoard shows a run within seconds of what happens.
         self._writer = SummaryWriter(logdir, flush_secs=5, purge_step=start + 1 if start else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -105,11 +115,11 @@ class TensorBoard:
             self._writer.add_text(name, text, step)
 
     def hyperparameters(self, text: str) -> None:
-        """The run's config, as YAML."""
+        """Write the run's config, as YAML."""
         self.text(0, "config", f"```yaml\n{text}\n```")
 
     def images(self, step: int, name: str, images: np.ndarray, captions: Sequence[str]) -> None:
-        """A grid of images (n, height, width, 3) uint8 with a caption below each."""
+        """Write a grid of images (n, height, width, 3) uint8 with a caption below each."""
         if self._writer and len(images):
             self._writer.add_image(name, captioned_grid(images, captions), step, dataformats="HWC")
 
@@ -120,12 +130,13 @@ class TensorBoard:
             self._uploader.close()
 
 
-def local_rows(array: Any) -> np.ndarray:
-    """The rows of a batch-sharded array that this process holds, in order, each once."""
+def fetch_local_rows(array: Any) -> np.ndarray:
+    """The rows of a batch-sharded array that this process holds, in ascending order, as one numpy array."""
+    # Devices along the model axis hold copies of the same rows; the dict keeps one copy of each.
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def logdir(directory: Path, configured: str | None) -> str:
-    """Where event files go: the configured place, or tensorboard/ in the run directory."""
+    """Where event files go: to the place that the recipe names, or to tensorboard/ in the run directory."""
     return configured or str(directory / "tensorboard")

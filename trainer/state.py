@@ -1,7 +1,7 @@
-"""TrainState: all that a step reads and writes, and all that a checkpoint holds.
+"""TrainState: all that a train step reads and writes, and all that a checkpoint holds.
 
-Weights are flat dicts from a dotted name ("stages.0.1.convs.0.kernel") to an array, so checkpoints
-do not depend on how a network nests its modules.
+Weights are flat dicts from a dotted name ("stages.0.1.convs.0.kernel") to an array, so checkpoints do not
+depend on how a network nests its modules.
 """
 
 from dataclasses import dataclass
@@ -23,20 +23,22 @@ Weights = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
+    """Everything that changes from step to step, as a pytree of arrays."""
+
     step: jax.Array
-    """Steps taken, int32 scalar."""
+    """Number of steps taken, int32 scalar."""
     key: jax.Array
-    """Root of all randomness, uint32 (2,); a step folds its number in."""
+    """The root of all randomness on the devices, uint32 (2,). Each step folds its own number into it."""
     params: Weights
     """Trainable weights, float32."""
     batch_stats: Weights
     """Running mean and variance of each batch norm, float32."""
     opt_state: optax.OptState
     ema: Weights | None
-    """Moving average of params and batch_stats together, or None where it is not asked for."""
+    """Moving average of params and batch_stats together, or None where the recipe has no `train.ema_decay`."""
 
-    def evaluated(self) -> Weights:
-        """The weights that evaluation uses: the moving average where there is one."""
+    def eval_weights(self) -> Weights:
+        """The weights to evaluate: the moving average if there is one, else params and batch_stats."""
         return self.ema if self.ema is not None else {**self.params, **self.batch_stats}
 
 
@@ -45,30 +47,36 @@ class Network:
 
     def __init__(self, config: ModelConfig):
         self._config = config
+        # Shapes are all that is needed here, so nothing is computed and no memory is used.
         model = nnx.eval_shape(lambda: models.build(config, nnx.Rngs(0)))
         self._graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
         self._structures = [jax.tree.structure(params), jax.tree.structure(batch_stats)]
-        self._names = [list(_named(params)), list(_named(batch_stats))]
+        self._names = [list(_by_dotted_name(params)), list(_by_dotted_name(batch_stats))]
 
     def init(self, key: jax.Array) -> tuple[Weights, Weights]:
-        """Fresh (params, batch_stats)."""
+        """Fresh (params, batch_stats) for a PRNG key, all float32."""
         model = models.build(self._config, nnx.Rngs(key))
         _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-        return _named(params), _named(batch_stats)
+        return _by_dotted_name(params), _by_dotted_name(batch_stats)
 
     def apply(self, weights: Weights, images: jax.Array, *, train: bool) -> tuple[jax.Array, Weights]:
-        """Logits (batch, num_classes) float32 of images (batch, height, width, 3), and new batch_stats."""
+        """Run the network on images (batch, height, width, 3), float.
+
+        Returns logits (batch, num_classes) float32, and the batch_stats after this batch. With `train` the
+        batch itself is what batch norm normalises by, otherwise the running statistics are.
+        """
         states = [
             jax.tree.unflatten(structure, [weights[name] for name in names])
             for structure, names in zip(self._structures, self._names, strict=True)
         ]
-        # copy: the statistics are written inside value_and_grad, at another trace level than they came from.
+        # With a copy, because value_and_grad runs this at an inner trace level, and nnx forbids a write there
+        # to variables that were made outside.
         model = nnx.merge(self._graph, *states, copy=True)
         logits = model(images, train=train)
-        return logits, _named(nnx.state(model, nnx.BatchStat))
+        return logits, _by_dotted_name(nnx.state(model, nnx.BatchStat))
 
 
-def _named(state: nnx.State) -> Weights:
+def _by_dotted_name(state: nnx.State) -> Weights:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
@@ -79,29 +87,38 @@ def _named(state: nnx.State) -> Weights:
 def make_schedule(
     schedule: ScheduleConfig, peak: float, *, steps: int, steps_per_epoch: float
 ) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then cosine, linear or constant to `steps`."""
+    """Learning rate by step: linear warm-up from 0 to `peak`, then cosine, linear or constant until `steps`."""
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     final = peak * schedule.final_fraction
-    rest = max(steps - warmup, 1)
+    decay_steps = max(steps - warmup, 1)
     after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=schedule.final_fraction),
-        "linear": optax.linear_schedule(peak, final, rest),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=schedule.final_fraction),
+        "linear": optax.linear_schedule(peak, final, decay_steps),
         "constant": optax.constant_schedule(peak),
     }[schedule.name]
+    # Without warm-up the first of the two is never used. It still has a step, because optax complains of
+    # none.
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
 
 
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, clip_norm: float | None
 ) -> optax.GradientTransformation:
-    """SGD or AdamW; weight decay on kernels only, never on batch norm or biases."""
+    """SGD (with Nesterov momentum if asked) or AdamW, after clipping the gradient to the norm `clip_norm`.
+
+    Weight decay is applied to kernels, and not to batch norm or biases (He et al. 2019, arXiv:1812.01187,
+    3.1).
+    """
 
     def kernels(params: Weights) -> dict[str, bool]:
+        # Kernels are the only weights with more than one dim.
         return {name: p.ndim > 1 for name, p in params.items()}
 
+    # Clipping comes first, so that weight decay is not part of the norm.
     chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     if config.name == "sgd":
         chain += [
+            # Before momentum: the decay is part of the gradient, as in PyTorch's SGD.
             optax.add_decayed_weights(config.weight_decay, kernels),
             optax.sgd(schedule, config.momentum or None, config.nesterov),
         ]
@@ -117,8 +134,8 @@ def make_optimizer(
 def abstract_state(
     config: RunConfig, network: Network, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shape, dtype and sharding on `mesh` of every leaf of a train state."""
-    shapes = jax.eval_shape(lambda: _fresh(config, network, optimizer))
+    """A TrainState of jax.ShapeDtypeStruct: the shape, dtype and sharding on `mesh` of every leaf."""
+    shapes = jax.eval_shape(lambda: _build_state(config, network, optimizer))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_sharding(mesh, leaf)),
         shapes,
@@ -128,17 +145,19 @@ def abstract_state(
 def init_state(
     config: RunConfig, network: Network, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """A fresh train state, each device making only its own shards."""
+    """A fresh train state with the shardings of `abstract`. Each device makes its own shards and nothing
+    more.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    # It runs once: on the CPU, compiling it well takes several times as long as running it badly.
+    # This program runs once. On the CPU, optimising it takes several times as long as running it unoptimised.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     fresh = jax.jit(
-        lambda: _fresh(config, network, optimizer), out_shardings=shardings, compiler_options=options
+        lambda: _build_state(config, network, optimizer), out_shardings=shardings, compiler_options=options
     )
     return fresh()
 
 
-def _fresh(config: RunConfig, network: Network, optimizer: optax.GradientTransformation) -> TrainState:
+def _build_state(config: RunConfig, network: Network, optimizer: optax.GradientTransformation) -> TrainState:
     key = jax.random.key(config.train.seed)
     params, batch_stats = network.init(key)
     return TrainState(
@@ -147,10 +166,10 @@ def _fresh(config: RunConfig, network: Network, optimizer: optax.GradientTransfo
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        # + 0: the average must not share buffers with weights that are donated.
         ema=None if config.train.ema_decay is None else jax.tree.map(_copy, {**params, **batch_stats}),
     )
 
 
 def _copy(x: Any) -> Any:
+    # The average needs buffers of its own, because the first step donates those of the weights.
     return x + 0

@@ -6,7 +6,8 @@ import numpy as np
 from _timing import SIZE
 
 from configs.schema import AugmentConfig, DataConfig
-from trainer.data.images import Encoded, train_image
+from trainer.data.pixels.decode import Encoded
+from trainer.data.pixels.transform import train_image
 
 _data, _augment = DataConfig(source="digits", image_size=SIZE), AugmentConfig()
 _positions = itertools.count()

@@ -33,8 +33,8 @@ def write(source: Path, destination: Path) -> None:
 def stream(folder: Path, cores: int) -> Pass:
     """As training reads it, to batches that lie on JAX's device."""
     from trainer.data import open_splits
-    from trainer.data.pipeline import train_batches
-    from trainer.mesh import make_mesh, rows
+    from trainer.data.batches import train_batches
+    from trainer.mesh import batch_sharding, make_mesh
 
     shards, num_images = folder / "podlaunch", len(files(folder / "images"))
     if not shards.exists():
@@ -44,7 +44,9 @@ def stream(folder: Path, cores: int) -> Pass:
     config = load(RECIPE, [f"data.train={split}", f"data.eval={split}", *settings])
     train, _ = open_splits(config)
     steps = 2 * num_images // BATCH  # run() takes two passes
-    return batches(train_batches(config, train, rows(make_mesh(1, 1)), position=0, steps=steps), num_images)
+    return batches(
+        train_batches(config, train, batch_sharding(make_mesh(1, 1)), position=0, steps=steps), num_images
+    )
 
 
 if sys.argv[1] == "convert":

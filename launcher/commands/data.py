@@ -40,7 +40,7 @@ class DataCommands(click.Group):
 
 def check_datasets(config: "RunConfig") -> None:
     """Open the datasets of a run, so that their errors are shown before anything is created. Raises UserError."""
-    from trainer.data.records import open_datasets
+    from trainer.data.sources.records import open_datasets
 
     try:
         open_datasets(config)
@@ -137,7 +137,7 @@ def index(source: str, destination: str | None, first_label: int, jobs: int) -> 
 @_jobs
 def verify(path: str, decode: bool, jobs: int) -> None:
     """Read each record of the dataset at PATH, and name those that are damaged."""
-    from trainer.data.table import open_dataset
+    from trainer.data.storage.dataset import open_dataset
     from trainer.data.tools.verify import verify as run
 
     dataset = open_dataset(path)
@@ -161,7 +161,7 @@ def verify(path: str, decode: bool, jobs: int) -> None:
 )
 def inspect(path: str, sheet: Path | None, count: int) -> None:
     """What the dataset at PATH holds, and the lines of a recipe for it."""
-    from trainer.data.table import open_dataset
+    from trainer.data.storage.dataset import open_dataset
     from trainer.data.tools.summary import summarize, write_sheet
 
     dataset = open_dataset(path)

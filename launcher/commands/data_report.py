@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from trainer.data.storage.table import Manifest
+    from trainer.data.storage.dataset import Manifest
 
 BAR = 40
 CLASSES_SHOWN = 5

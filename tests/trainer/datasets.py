@@ -10,9 +10,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from trainer.data.formats import array_record, example, tfrecord
-from trainer.data.storage import open_store
-from trainer.data.table import RECORD, Manifest, Shard, publish
+from trainer.data.storage.dataset import RECORD_DTYPE, Manifest, Shard, publish
+from trainer.data.storage.formats import array_record, example, tfrecord
+from trainer.data.storage.store import open_store
 
 
 def jpegs(n: int, size: int = 12, seed: int = 0) -> list[bytes]:
@@ -37,7 +37,7 @@ def write_tfrecord(file: Path, images: Sequence[bytes], labels: Sequence[int]) -
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as f:
         for image, label in zip(images, labels, strict=True):
-            record = example.write(image, label)
+            record = example.serialize(image, label)
             length = struct.pack("<Q", len(record))
             for part in (length, record):
                 f.write(part + struct.pack("<I", tfrecord.masked_crc32c(part)))
@@ -59,7 +59,7 @@ def write(
         file = folder / f"part-{number:05}-of-{num_shards:05}.array_record"
         writer = ArrayRecordWriter(str(file), array_record.OPTIONS)
         for i in part:
-            writer.write(example.write(images[i], labels[i]))
+            writer.write(example.serialize(images[i], labels[i]))
         writer.close()
         with file.open("rb") as f:
             entries = list(array_record.scan(f))
@@ -70,6 +70,6 @@ def write(
         open_store(str(folder)),
         format="array_record",
         shards=shards,
-        records=np.array(rows, RECORD),
+        records=np.array(rows, RECORD_DTYPE),
         classes=classes,
     )

@@ -63,13 +63,13 @@ class Trainable:
         size, pixels = self.config.train.batch_size, self.config.data.image_size
         images = rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8)
         labels = rng.integers(0, self.config.model.num_classes, size, np.int32)
-        sharding = meshes.rows(self.mesh)
+        sharding = meshes.batch_sharding(self.mesh)
         return Batch(jax.device_put(images, sharding), jax.device_put(labels, sharding))
 
     def requests(self, save: float = 0, stop: float = 0) -> jax.Array:
         rows = np.zeros((self.mesh.size, 2), np.float32)
         rows[0] = save, stop
-        return jax.device_put(rows, meshes.each_device(self.mesh))
+        return jax.device_put(rows, meshes.per_device_sharding(self.mesh))
 
 
 @dataclass
@@ -78,10 +78,10 @@ class Recorder:
 
     stop_at: int | None = None
     asked: int = 0
-    words: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self, **words: Any) -> None:
-        self.words.append(words)
+        self.reports.append(words)
 
     def stop_requested(self) -> bool:
         self.asked += 1

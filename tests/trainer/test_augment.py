@@ -13,7 +13,7 @@ from scipy import stats
 from configs.schema import RunConfig
 from tests.trainer.small import config_of
 from trainer.augment import _symmetric_beta, augment, normalise
-from trainer.mesh import make_mesh, rows
+from trainer.mesh import batch_sharding, make_mesh
 
 BATCH, SIZE, CLASSES = 16, 12, 10
 COLLECTIVE = re.compile(
@@ -193,7 +193,7 @@ def compiled(
     config: RunConfig, shape: tuple[int, int] | None
 ) -> tuple[jax.stages.Compiled, Sequence[jax.Array]]:
     """The augmentation alone, for a batch over a mesh or on one device."""
-    sharding = rows(make_mesh(*shape)) if shape else SingleDeviceSharding(jax.devices()[0])
+    sharding = batch_sharding(make_mesh(*shape)) if shape else SingleDeviceSharding(jax.devices()[0])
     targets = labels()
     targets[5] = -1
     inputs = [jax.device_put(x, sharding) for x in (pixels(), targets)]

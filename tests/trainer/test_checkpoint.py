@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import checkpoints as places
+from configs import checkpoints as checkpoint_files
 from configs.errors import UserError
 from configs.schema import CheckpointConfig
 from tests.gcs import BUCKET, Fault, Server
@@ -82,25 +82,25 @@ def test_it_comes_back_on_another_mesh(tmp_path: Path, trainable: Trainable, bat
 
 def test_the_last_and_the_best_are_kept(place: epath.Path, trainable: Trainable) -> None:
     checkpoints = saved(place, trainable, [1], keep_last=2, keep_best=1)
-    checkpoints.score(1, 0.9)
+    checkpoints.record_score(1, 0.9)
     for step in (2, 3, 4, 5):
         checkpoints.save(step, trainable.init(), POSITION)
-        checkpoints.score(step, 0.1 * step)
+        checkpoints.record_score(step, 0.1 * step)
     checkpoints.close()
     assert folders(place) == ["1", "4", "5"]
-    assert places.steps(str(place)) == [1, 4, 5]
+    assert checkpoint_files.steps(str(place)) == [1, 4, 5]
 
 
 def test_scores_outlive_the_process_and_a_low_loss_is_a_good_score(
     place: epath.Path, trainable: Trainable
 ) -> None:
     checkpoints = saved(place, trainable, [1], keep_last=1, keep_best=1, metric="eval/loss")
-    checkpoints.score(1, 0.2)
+    checkpoints.record_score(1, 0.2)
     checkpoints.close()
     again = opened(place, keep_last=1, keep_best=1, metric="eval/loss")
     for step in (2, 3):
         again.save(step, trainable.init(), POSITION)
-        again.score(step, 0.3)
+        again.record_score(step, 0.3)
     again.close()
     assert folders(place) == ["1", "3"]
 
@@ -172,13 +172,13 @@ def test_a_save_cut_short_is_no_checkpoint_and_is_cleared_with_nothing_else(
     for folder in (unfinished, "imagenet", "0.damaged"):
         (place / folder / "state").mkdir(parents=True)
         (place / folder / "state" / "part").write_text("bytes")
-    assert places.steps(str(place)) == [1]
+    assert checkpoint_files.steps(str(place)) == [1]
     checkpoints = opened(place)
     assert checkpoints.latest_step == 1
     assert folders(place) == ["0.damaged", "1", "imagenet"]
     checkpoints.save(2, trainable.init(), POSITION)
     checkpoints.close()
-    assert places.steps(str(place)) == [1, 2]
+    assert checkpoint_files.steps(str(place)) == [1, 2]
 
 
 def test_training_goes_on_while_a_bucket_takes_its_time(gcs: Server, trainable: Trainable) -> None:
@@ -190,20 +190,20 @@ def test_training_goes_on_while_a_bucket_takes_its_time(gcs: Server, trainable: 
     checkpoints.save(2, state, POSITION)
     checkpoints.poll()
     assert time.monotonic() - begun < 30, "the save waited for its upload"
-    assert places.steps(place) == [1]
+    assert checkpoint_files.steps(place) == [1]
     gcs.release()
     checkpoints.close()
-    assert places.steps(place) == [1, 2]
+    assert checkpoint_files.steps(place) == [1, 2]
 
 
 # A place that cannot be used
 
 
 def test_a_place_belongs_to_one_run(place: epath.Path) -> None:
-    places.claim(str(place), {"id": "a", "run": "r50"})
-    places.claim(str(place), {"id": "a", "run": "r50"})
+    checkpoint_files.claim(str(place), {"id": "a", "run": "r50"})
+    checkpoint_files.claim(str(place), {"id": "a", "run": "r50"})
     with pytest.raises(UserError, match=r'belongs to another run \(.*"run": "r50".* delete .*run\.json'):
-        places.claim(str(place), {"id": "b", "run": "r18"})
+        checkpoint_files.claim(str(place), {"id": "b", "run": "r18"})
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_what_is_wrong_with_a_bucket_is_one_line(
 ) -> None:
     if status:
         gcs.faults = [Fault("status", operation="*", status=status)]
-    for ask in (lambda: places.steps(url), lambda: places.claim(url, {"id": "a"})):
+    for ask in (lambda: checkpoint_files.steps(url), lambda: checkpoint_files.claim(url, {"id": "a"})):
         with pytest.raises(UserError, match=words) as refused:
             ask()
         assert str(refused.value).startswith(f"checkpoint.directory = {url}")
@@ -244,4 +244,4 @@ def test_without_credentials_the_user_is_told_how_to_get_some(monkeypatch: pytes
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     with pytest.raises(UserError, match="no Google credentials; log in with `gcloud auth"):
-        places.steps("gs://some-bucket/x")
+        checkpoint_files.steps("gs://some-bucket/x")

@@ -92,7 +92,7 @@ def test_an_evaluation_cut_off_between_save_and_score_is_made_up_for(tmp_path: P
 def test_evaluations_come_each_epoch_and_at_the_end(tmp_path: Path) -> None:
     recorder = Recorder()
     run(tmp_path, "train.eval_every_epochs=0.2", recorder=recorder)  # 45 steps an epoch: each 9
-    evaluated = [w["step"] for w in recorder.words if w.get("phase") == "evaluating"]
+    evaluated = [w["step"] for w in recorder.reports if w.get("phase") == "evaluating"]
     assert evaluated == [9, 18, 20]
 
 

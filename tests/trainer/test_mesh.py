@@ -59,10 +59,10 @@ def test_weights_and_optimizer_state_are_created_in_shards() -> None:
 def test_no_program_that_creates_the_state_holds_all_of_it_on_one_device() -> None:
     t = Trainable(config_of("mesh.batch=1", "mesh.model=4", "model.width=16"))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, t.abstract)
-    from trainer.state import _fresh
+    from trainer.state import _build_state
 
     compiled = jax.jit(
-        lambda: _fresh(t.config, t.network, t.optimizer), out_shardings=shardings
+        lambda: _build_state(t.config, t.network, t.optimizer), out_shardings=shardings
     ).lower().compile()  # fmt: skip
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(t.abstract))
     assert compiled.memory_analysis().output_size_in_bytes < 0.3 * whole

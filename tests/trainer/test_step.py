@@ -128,7 +128,7 @@ def test_average_of_weights_follows_its_formula() -> None:
     for name, old in {**before.params, **before.batch_stats}.items():
         new = np.asarray({**after.params, **after.batch_stats}[name])
         np.testing.assert_allclose(after.ema[name], decay * old + (1 - decay) * new, atol=1e-6)
-    assert after.evaluated() is after.ema
+    assert after.eval_weights() is after.ema
 
 
 def test_adamw_learns() -> None:
@@ -140,7 +140,7 @@ def test_adamw_learns() -> None:
 
 def test_what_one_process_asks_all_processes_read() -> None:
     *_, metrics = one_step()
-    assert (metrics.save, metrics.stop) == (1, 0)
+    assert (metrics.save_requests, metrics.stop_requests) == (1, 0)
 
 
 def collectives(*overrides: str) -> int:
@@ -174,8 +174,8 @@ def test_schedules_warm_up_and_end_where_they_say(name: str, middle: float, end:
 
 def test_padding_is_not_counted_in_evaluation() -> None:
     t = Trainable(config_of())
-    weights = t.init().evaluated()
-    step = make_eval_step(t.config, t.network, t.abstract.evaluated(), t.mesh)
+    weights = t.init().eval_weights()
+    step = make_eval_step(t.config, t.network, t.abstract.eval_weights(), t.mesh)
     batch = t.batch()
     labels = np.asarray(batch.labels).copy()
     labels[5:] = -1

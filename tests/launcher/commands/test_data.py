@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from launcher.commands.main import main
 from tests.trainer.datasets import jpegs, write
-from trainer.data.table import open_dataset
+from trainer.data.storage.dataset import open_dataset
 
 IMAGES = jpegs(30, size=32)
 

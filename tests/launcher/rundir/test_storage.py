@@ -322,12 +322,12 @@ def test_lease_of_long_ago_is_not_waited_for(gcs, short, monkeypatch):
 
 def test_void_lease_that_goes_away_while_it_is_taken_over_is_taken_all_the_same(gcs, short, monkeypatch):
     gcs.put(f"runs/r50/{LEASE}", b'{"host": "h", "pid": 1, "id": "a"}')
-    lease = storage._Lease(open_files(PLACE)._bucket, f"runs/r50/{LEASE}")
-    lease._generation = 17  # of one that was void, and that its holder has deleted since
+    mine = lease.Lease(open_files(PLACE)._bucket, f"runs/r50/{LEASE}")
+    mine._generation = 17  # of one that was void, and that its holder has deleted since
     del gcs.objects["bucket", f"runs/r50/{LEASE}"]
-    lease.take()
-    assert lease._generation == gcs.objects["bucket", f"runs/r50/{LEASE}"].generation
-    lease.give_back()
+    mine.take()
+    assert mine._generation == gcs.objects["bucket", f"runs/r50/{LEASE}"].generation
+    mine.release()
 
 
 def test_of_two_that_want_a_void_lease_one_gets_it(gcs, short):

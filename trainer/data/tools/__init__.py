@@ -1,1 +1,1 @@
-"""What `launch data` does: convert, index, verify and summarize datasets. No jax in here."""
+"""The tools of `launch data`: convert, index, verify, inspect, order. They never load jax."""

@@ -1,4 +1,4 @@
-"""The little that the tools do to images: tell them by their first bytes, shrink them, show them."""
+"""The little that the tools do to images: recognise them by their first bytes, and shrink them."""
 
 import io
 
@@ -14,11 +14,12 @@ def is_image(content: bytes) -> bool:
 
 
 def shrink(content: bytes, short_side: int) -> bytes:
-    """An image whose short side is at most `short_side`: as it is, or resized with antialiasing, as JPEG.
+    """Bring the short side of an image to at most `short_side` pixels: unchanged if it is, else antialiased
+    and as JPEG.
 
-    Raises ValueError where it cannot be decoded.
+    Raises ValueError if the image does not decode.
     """
-    from trainer.data.images import decode
+    from trainer.data.pixels.decode import decode
 
     pixels = decode(content)
     height, width = pixels.shape[:2]

@@ -1,6 +1,7 @@
-"""What `launch data convert` can read: a folder a class, shards of the known formats, Hugging Face's Parquet.
+"""What `launch data convert` can read: a folder of images for each class, shards of the known formats, and
+the Parquet files of Hugging Face.
 
-An input is listed once, into parts that processes convert on their own, and read part by part.
+An input is listed once, and split into parts that processes convert independently of each other.
 """
 
 import hashlib
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from configs.errors import UserError
-from trainer.data.formats import FORMATS, format_of
-from trainer.data.storage import Object, open_store
-from trainer.data.tools.shards import check_name, find, opened
+from trainer.data.storage.formats import FORMATS, format_of
+from trainer.data.storage.store import Object, open_store
+from trainer.data.tools.shards import check_name, list_shards, open_verified
 
 KINDS = ("imagefolder", "tfrecord", "webdataset", "parquet")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -26,10 +27,10 @@ class Item(NamedTuple):
     """One image of an input."""
 
     image: bytes
-    """Encoded."""
+    """The encoded image."""
     label: int
     name: str
-    """For messages, and kept as image/filename."""
+    """For messages; kept in the dataset as image/filename."""
 
 
 class Part(Protocol):
@@ -39,13 +40,13 @@ class Part(Protocol):
     def num_bytes(self) -> int: ...
 
     def items(self) -> Iterator[Item]:
-        """Raises UserError where something cannot be read."""
+        """The images of this part. Raises UserError if something cannot be read."""
         ...
 
 
 @dataclass(frozen=True)
 class Listing:
-    """An input before anything of it is read."""
+    """The contents of an input, before any of it is read."""
 
     parts: tuple[Part, ...]
     classes: tuple[str, ...] | None
@@ -56,17 +57,17 @@ class Listing:
 def list_input(
     kind: str, source: str, *, classes: tuple[str, ...] | None, part_bytes: int, seed: int
 ) -> Listing:
-    """Raises UserError where the input is not what `kind` says."""
+    """List an input of one of KINDS. Raises UserError if it is not what `kind` says."""
     if kind == "imagefolder":
         return _list_folder(source, classes, part_bytes, seed)
-    store, objects = find(source)
+    store, objects = list_shards(source)
     objects = [obj for obj in objects if _kind_of(obj.name) == kind]
     if not objects:
         raise UserError(f"{source} holds no {kind} shards")
     if kind == "parquet" and classes is None:
         classes = _parquet_classes(store.url, objects[0])
     digest = _digest(f"{obj.name}\0{obj.size}\0{obj.crc32c}" for obj in objects)
-    return Listing(tuple(Shard(store.url, obj, obj.size) for obj in objects), classes, digest)
+    return Listing(tuple(ShardPart(store.url, obj, obj.size) for obj in objects), classes, digest)
 
 
 def _kind_of(name: str) -> str | None:
@@ -81,12 +82,12 @@ def _digest(lines: Iterator[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Files:
-    """Image files of SOURCE/CLASS/."""
+class FolderPart:
+    """Image files in the class folders of an imagefolder."""
 
     source: str
     files: tuple[tuple[str, int], ...]
-    """(CLASS/NAME, label)."""
+    """(CLASS/NAME, label) of each file."""
     num_bytes: int
 
     def items(self) -> Iterator[Item]:
@@ -117,16 +118,16 @@ def _list_folder(source: str, classes: tuple[str, ...] | None, part_bytes: int, 
             raise UserError(f"{root / name}: {name!r} is not among the {len(classes)} classes of --classes")
         files += [(file, labels[name], size) for file, size in _class_files(root, name)]
     digest = _digest(f"{name}\0{size}" for name, _, size in files)
-    # Folders are sorted by class, and training shuffles blocks of neighbours.
+    # Training shuffles blocks of neighbours, so neighbours must not all be of one class.
     random.Random(seed).shuffle(files)  # noqa: S311
-    return Listing(tuple(_cut(source, files, part_bytes)), classes, digest)
+    return Listing(tuple(_cut_into_parts(source, files, part_bytes)), classes, digest)
 
 
 def _class_files(root: Path, name: str) -> list[tuple[str, int]]:
-    """(CLASS/NAME, bytes) of the images of a class, by name."""
+    """(CLASS/NAME, size in bytes) of the images of a class, sorted by name."""
     files = []
     check_name(str(root.resolve() / name))
-    with os.scandir(root / name) as entries:  # a Path for each of a million files would take seconds more
+    with os.scandir(root / name) as entries:  # Path.iterdir() takes seconds longer for a million files
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
@@ -146,13 +147,13 @@ def _class_files(root: Path, name: str) -> list[tuple[str, int]]:
     return files
 
 
-def _cut(source: str, files: list[tuple[str, int, int]], part_bytes: int) -> Iterator[Files]:
-    """Parts of at least `part_bytes`, but for the last."""
+def _cut_into_parts(source: str, files: list[tuple[str, int, int]], part_bytes: int) -> Iterator[FolderPart]:
+    """Parts of at least `part_bytes`; the last one may be smaller."""
     begin = size = 0
     for i, (_, _, file_size) in enumerate(files):
         size += file_size
         if size >= part_bytes or i == len(files) - 1:
-            yield Files(source, tuple((name, label) for name, label, _ in files[begin : i + 1]), size)
+            yield FolderPart(source, tuple((name, label) for name, label, _ in files[begin : i + 1]), size)
             begin, size = i + 1, 0
 
 
@@ -160,7 +161,7 @@ def _cut(source: str, files: list[tuple[str, int, int]], part_bytes: int) -> Ite
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardPart:
     """One shard or Parquet file."""
 
     url: str
@@ -170,22 +171,22 @@ class Shard:
     def items(self) -> Iterator[Item]:
         kind = _kind_of(self.obj.name)
         assert kind is not None
-        with opened(open_store(self.url), self.obj) as (file, _):
+        with open_verified(open_store(self.url), self.obj) as (file, _):
             try:
-                for record, (image, label) in enumerate(_pairs(kind, file)):
+                for record, (image, label) in enumerate(_images_and_labels(kind, file)):
                     yield Item(image, label, f"{self.obj.name}/{record}")
             except ValueError as e:
                 raise UserError(f"{self.url}/{self.obj.name}: {e}") from None
 
 
-def _pairs(kind: str, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Image and label of each record. Raises ValueError where the shard is damaged."""
+def _images_and_labels(kind: str, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """The image and the label of each record. Raises ValueError if the shard is damaged."""
     if kind == "parquet":
-        return _parquet_pairs(file)
+        return _parquet_images_and_labels(file)
     return ((entry.image, entry.label) for entry in FORMATS[kind].scan(file))
 
 
-def _parquet_pairs(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def _parquet_images_and_labels(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     parquet = _pyarrow_parquet()
     from pyarrow import ArrowException
 
@@ -193,6 +194,7 @@ def _parquet_pairs(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         table = parquet.ParquetFile(file)
         column = _image_column(table.schema_arrow.names)
         batches = table.iter_batches(batch_size=64, columns=[column, PARQUET_LABEL])
+        # Row by row from small batches, because a row group may hold a gigabyte of images.
         for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
             image, label = row[column], row[PARQUET_LABEL]
             image = image["bytes"] if isinstance(image, dict) else image
@@ -211,7 +213,7 @@ def _image_column(names: list[str]) -> str:
 
 
 def _parquet_classes(url: str, obj: Object) -> tuple[str, ...] | None:
-    """Class names as Hugging Face datasets keeps them in the file's schema, if it does."""
+    """The class names that Hugging Face's datasets library has written into the file's schema, if any."""
     parquet = _pyarrow_parquet()
     from pyarrow import ArrowException
 

@@ -18,18 +18,19 @@ Result = TypeVar("Result")
 
 
 def run(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> Iterator[Result]:
-    """function(task) of each task, in the order in which they end, by `jobs` processes.
+    """Yield function(task) for each task, in the order in which they end, computed by `jobs` processes.
 
-    The first exception ends it: what runs is finished, what waits is dropped.
+    The first exception ends the work: tasks that run are finished, tasks that wait are dropped. Raises
+    UserError if a process is killed.
     """
     if jobs == 1 or len(tasks) < 2:
         yield from map(function, tasks)
         return
-    # Spawned: a fork would copy locks that threads of this process hold.
+    # Not forked, because a fork would copy the locks that threads of this process hold.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_exit_with_parent)
     try:
-        with _ctrl_c_held():  # children inherit that, and leave Ctrl-C to this process
+        with _ctrl_c_blocked():  # the workers inherit this, so Ctrl-C reaches only this process
             futures = [pool.submit(function, task) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
@@ -42,7 +43,7 @@ def run(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) ->
 
 
 @contextmanager
-def _ctrl_c_held() -> Iterator[None]:
+def _ctrl_c_blocked() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -50,8 +51,8 @@ def _ctrl_c_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _follow_parent() -> None:
-    """End when the parent does: a pool's workers would outlive one that is killed."""
+def _exit_with_parent() -> None:
+    """End this worker when its parent ends. The workers of a pool would outlive a parent that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

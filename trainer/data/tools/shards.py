@@ -1,4 +1,4 @@
-"""Whole shards, as the tools read them: found by an address, streamed in large ranges, checked."""
+"""Whole shards, as the tools read them: listed by an address, streamed in large ranges, verified."""
 
 import tempfile
 from collections import deque
@@ -12,25 +12,28 @@ from typing import BinaryIO
 import numpy as np
 
 from configs.errors import UserError
-from trainer.data.fetch import Fetcher
-from trainer.data.request import Request
-from trainer.data.storage import Object, Store, checksum, open_store
+from trainer.data.storage.fetch import Fetcher
+from trainer.data.storage.request import RangeRequest
+from trainer.data.storage.store import Object, Store, checksum, open_store
 
 RANGE_BYTES = 8 << 20
+"""Size of the ranges in which a shard is streamed."""
 RANGES_AHEAD = 4
+"""Number of ranges that are requested before they are used."""
 REREADS = 2
+"""A shard that does not match its checksum is read again this often."""
 
 
 def split_pattern(url: str) -> tuple[str, str]:
-    """Folder and pattern of an address such as gs://bucket/imagenet/train-*; the pattern of a folder is `*`."""
+    """Folder and pattern of an address such as gs://bucket/imagenet/train-*; a folder alone has the pattern `*`."""
     folder, slash, last = url.rpartition("/")
     if any(character in last for character in "*?[") and not Path(url).exists():
         return folder if slash else ".", last
     return url, "*"
 
 
-def find(url: str) -> tuple[Store, list[Object]]:
-    """The objects at an address. Raises UserError where there are none."""
+def list_shards(url: str) -> tuple[Store, list[Object]]:
+    """The store and the objects at an address, which may end in a pattern. Raises UserError if there are none."""
     folder, pattern = split_pattern(url)
     store = open_store(folder)
     objects = [obj for obj in store.list() if fnmatchcase(obj.name, pattern)]
@@ -42,20 +45,20 @@ def find(url: str) -> tuple[Store, list[Object]]:
 
 
 def check_name(path: str) -> None:
-    """Raises UserError where a name could not be written into a dataset."""
+    """Raise UserError if a name cannot be written into a dataset."""
     try:
         path.encode()
     except UnicodeEncodeError:
         raise UserError(f"{path!a}: the name is not UTF-8; rename it") from None
 
 
-def place(url: str) -> str:
-    """The same text for each spelling of an address."""
+def canonical(url: str) -> str:
+    """The same text for every spelling of an address."""
     return url.rstrip("/") if "://" in url else str(Path(url).resolve())
 
 
-def stream(requests: Iterable[Request]) -> Iterator[np.ndarray]:
-    """The payload of each range, read ahead of its use."""
+def stream(requests: Iterable[RangeRequest]) -> Iterator[np.ndarray]:
+    """The payload of each range, uint8 (bytes,), requested ahead of its use."""
     with closing(Fetcher()) as fetcher:
         waiting: deque[Future[np.ndarray]] = deque()
         for request in requests:
@@ -67,17 +70,17 @@ def stream(requests: Iterable[Request]) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
-    """An object as a file on this machine, and the crc32c of the whole of it.
+def open_verified(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
+    """A shard as a local file, and the crc32c of the whole shard.
 
-    Raises UserError where the bytes that come are not those that the store has.
+    Raises UserError if the content received is not what the store has.
     """
-    if obj.crc32c is None:  # it is a file
+    if obj.crc32c is None:  # a local file, of which nobody knows the checksum
         with store.open(obj.name) as file:
             yield file, checksum(file)
         return
     starts = range(0, obj.size, RANGE_BYTES)
-    ranges = [Request(store, obj, at, min(RANGE_BYTES, obj.size - at), framing=None) for at in starts]
+    ranges = [RangeRequest(store, obj, at, min(RANGE_BYTES, obj.size - at), framing=None) for at in starts]
     with tempfile.TemporaryFile(prefix="podlaunch-") as copy:
         for _ in range(REREADS + 1):
             copy.seek(0)
@@ -89,8 +92,8 @@ def opened(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
     raise UserError(f"{store.url}/{obj.name} comes damaged over the network, however often it is read")
 
 
-def from_zero(label: int, first_label: int) -> int:
-    """A label, counted from 0. Raises ValueError where it is none then."""
+def zero_based_label(label: int, first_label: int) -> int:
+    """A label counted from 0. Raises ValueError if that is no valid label."""
     counted = label - first_label
     if not 0 <= counted < 2**31:
         less = f" less --first-label {first_label}" if first_label else ""

@@ -1,4 +1,4 @@
-"""`launch data verify`: each record's checksum, and whether it decodes."""
+"""`launch data verify`: whether each record matches its checksum, and whether it decodes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,41 +7,47 @@ from functools import partial
 import google_crc32c
 import numpy as np
 
-from trainer.data.formats import FORMATS
-from trainer.data.request import Request
-from trainer.data.storage import Object, Store, open_store
-from trainer.data.table import Dataset
+from trainer.data.storage.dataset import Dataset
+from trainer.data.storage.formats import FORMATS
+from trainer.data.storage.request import RangeRequest
+from trainer.data.storage.store import Object, Store, open_store
 from trainer.data.tools import parallel
 from trainer.data.tools.shards import RANGE_BYTES, stream
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadRecord:
     """A record that training could not use."""
 
     shard: str
     record: int
-    """In its shard."""
+    """Its number in its shard."""
     offset: int
-    """In bytes of the shard."""
+    """Where it begins in its shard, in bytes."""
     reason: str
 
 
 @dataclass(frozen=True)
-class _ShardOf:
-    """What a process needs to verify one shard."""
+class _ShardTask:
+    """All that a process needs to verify one shard."""
 
     url: str
     format: str
     obj: Object
     rows: np.ndarray
+    """The shard's rows of the table, (records,) RECORD_DTYPE."""
 
 
-def verify(dataset: Dataset, *, decode: bool, jobs: int, progress: Callable[[int, int], None]) -> list[Bad]:
-    """Read all records; the bad ones, in their order. `progress` is told records and bytes as they are done."""
-    manifest, first = dataset.manifest, dataset.first
+def verify(
+    dataset: Dataset, *, decode: bool, jobs: int, progress: Callable[[int, int], None]
+) -> list[BadRecord]:
+    """Read all records and return the bad ones, in order.
+
+    `progress` is called with the records and the bytes of each shard as it is done.
+    """
+    manifest, first = dataset.manifest, dataset.shard_starts
     tasks = [
-        _ShardOf(dataset.store.url, manifest.format, obj, dataset.records[first[i] : first[i + 1]])
+        _ShardTask(dataset.store.url, manifest.format, obj, dataset.records[first[i] : first[i + 1]])
         for i, obj in enumerate(dataset.objects)
     ]
     bad = []
@@ -51,23 +57,24 @@ def verify(dataset: Dataset, *, decode: bool, jobs: int, progress: Callable[[int
     return sorted(bad, key=lambda b: (b.shard, b.record))
 
 
-def _verify_shard(decode: bool, task: _ShardOf) -> tuple[int, int, list[Bad]]:
-    """Records, bytes, and what is bad of one shard."""
+def _verify_shard(decode: bool, task: _ShardTask) -> tuple[int, int, list[BadRecord]]:
+    """The number of records and of bytes of one shard, and its bad records."""
     rows, store = task.rows, open_store(task.url)
     bad = []
-    runs = list(_runs(rows))
+    runs = list(_neighbours(rows))
+    # Large ranges for speed; single records are cut out of them below.
     ranges = [_request(store, task, rows[a], rows[b - 1]) for a, b in runs]
     for (a, b), outer, payload in zip(runs, ranges, stream(ranges), strict=True):
         for i in range(a, b):
             inner = _request(store, task, rows[i], rows[i])
-            image = outer.part(payload, inner).tobytes()
-            if reason := fault(image, int(rows["crc32c"][i]), decode):
-                bad.append(Bad(task.obj.name, i, inner.offset, reason))
+            image = outer.extract(payload, inner).tobytes()
+            if reason := find_fault(image, int(rows["crc32c"][i]), decode):
+                bad.append(BadRecord(task.obj.name, i, inner.offset, reason))
     return len(rows), task.obj.size, bad
 
 
-def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Neighbouring records that are read at once."""
+def _neighbours(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Neighbouring records that are read by one request, as (first, after the last)."""
     begin = 0
     ends = rows["offset"] + rows["length"]
     for i in range(1, len(rows) + 1):
@@ -76,19 +83,20 @@ def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
             begin = i
 
 
-def _request(store: Store, task: _ShardOf, first: np.void, last: np.void) -> Request:
-    """The range from one record to another."""
+def _request(store: Store, task: _ShardTask, first: np.void, last: np.void) -> RangeRequest:
+    """The request for the records from `first` to `last`."""
     offset, end = int(first["offset"]), int(last["offset"]) + int(last["length"])
-    return Request(store, task.obj, offset, end - offset, FORMATS[task.format].FRAMING)
+    return RangeRequest(store, task.obj, offset, end - offset, FORMATS[task.format].FRAMING)
 
 
-def fault(image: bytes, crc32c: int, decode: bool) -> str | None:
-    """What is bad of an image, if anything."""
+def find_fault(image: bytes, crc32c: int, decode: bool) -> str | None:
+    """What is wrong with an image, or None."""
     actual = google_crc32c.value(image)
     if actual != crc32c:
         return f"its crc32c is {actual:08x}, not {crc32c:08x}"
     if decode:
-        from trainer.data.images import decode as decoded
+        # Not at the top: reading without --decode needs no image library.
+        from trainer.data.pixels.decode import decode as decoded
 
         try:
             decoded(image)

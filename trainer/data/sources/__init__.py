@@ -1,0 +1,1 @@
+"""The data sources: one module for each value of `data.source`."""
