@@ -1,7 +1,7 @@
 """On a TPU VM: outlives the connection that started it, runs the worker of one process, keeps gs:// told.
 
-    python -m launcher.agent start FOLDER           reads an Order on standard input, leaves an agent behind
-    python -m launcher.agent watch FOLDER ATTEMPT   says what becomes of it; is told `stop` or `kill`
+    python -m podlaunch.host agent start FOLDER           reads an Order on standard input, leaves an agent behind
+    python -m podlaunch.host agent watch FOLDER ATTEMPT   says what becomes of it; is told `stop` or `kill`
 
 The worker works in a run directory on this VM's disk. Its log and its newest word go to the run's own, on gs://.
 """
@@ -179,7 +179,7 @@ def _start(folder: Path) -> None:
     journal.unlink(missing_ok=True)
     with (folder / "agent.log").open("ab") as log:
         agent = subprocess.Popen(
-            [sys.executable, "-P", "-m", "launcher.agent", "serve", str(folder)],
+            [sys.executable, "-P", "-m", "podlaunch.host", "agent", "serve", str(folder)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -239,7 +239,9 @@ def agent_pid(folder: Path) -> int | None:
     """Of the agent that lives here."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(_pid_file(folder).read_text())
-        command = f"launcher.agent\0serve\0{folder}\0".encode()  # a number may be another process's by now
+        command = (
+            f"podlaunch.host\0agent\0serve\0{folder}\0".encode()
+        )  # a number may be another process's by now
         if command in Path(f"/proc/{pid}/cmdline").read_bytes():
             return pid
     return None

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class Commands(click.Group):
             with _told():
                 # Here already: the options of a mistyped command are not those of `run`.
                 if not args[0].startswith("-"):
-                    _check_is_recipe(args[0])
+                    _recipe(args[0], list(self.commands))
                 args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -63,16 +63,13 @@ def _told() -> Iterator[None]:
         raise click.exceptions.Exit(2) from None
 
 
-def _check_is_recipe(word: str) -> None:
-    if Path(word).suffix in (".yaml", ".yml") or os.path.exists(word):
-        return
+def _recipe(word: str, commands: Sequence[str] = ()) -> str:
+    """The file that `word` means."""
+    from configs.recipes import find
+
     if word in main.commands:
         raise UserError(f"{word}: a command comes first, and its options behind it: launch {word} …")
-    from configs.load import nearest
-
-    recipe = Path("configs") / f"{word}.yaml"
-    hint = f'; did you mean "{recipe}"?' if recipe.exists() else nearest(word, list(main.commands))
-    raise UserError(f"{word}: neither a command nor a recipe file{hint} (see `launch --help`)")
+    return str(find(word, commands))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
@@ -124,7 +121,7 @@ def _named_recipe(command: Callable[..., Any]) -> Callable[..., Any]:
     """A recipe, what is changed in it, and the run that it becomes."""
     command = click.option("--name", help="Name of the run. Default: the recipe's file name.")(_root(command))
     command = click.argument("overrides", nargs=-1, metavar="[section.key=value]...")(command)
-    return click.argument("config", type=str)(command)
+    return click.argument("config", type=str, callback=lambda ctx, param, word: _recipe(word))(command)
 
 
 def _planning(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -546,7 +543,6 @@ def _plan(
 ) -> "Plan":  # fmt: skip
     from launcher import clusters
 
-    _check_is_recipe(config)
     if tpu is not None:
         settings += (f"tpu={json.dumps(tpu)}",)
     if keep:

@@ -195,7 +195,7 @@ def inspect(path: str, sheet: Path | None, count: int) -> None:
 
 
 @data.command()
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("config", type=str)
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 @click.option("--hosts", type=click.IntRange(min=1), default=1, show_default=True, help="Hosts of the run.")
 @click.option("--host", type=click.IntRange(min=0), help="Only what this host reads. Default: all hosts.")
@@ -204,15 +204,16 @@ def inspect(path: str, sheet: Path | None, count: int) -> None:
 )
 @click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Lines.")
 def order(
-    config: Path, overrides: tuple[str, ...], hosts: int, host: int | None, start: int, count: int
+    config: str, overrides: tuple[str, ...], hosts: int, host: int | None, start: int, count: int
 ) -> None:
     """The samples that training on CONFIG will see, one a line: POSITION SHARD RECORD LABEL."""
     from configs.load import load
+    from configs.recipes import find
     from trainer.data.tools.keys import keys
 
     if host is not None and host >= hosts:
         raise UserError(f"--host {host}: of --hosts {hosts}, hosts are 0 to {hosts - 1}")
-    for key in keys(load(config, overrides), hosts=hosts, host=host, start=start, num_keys=count):
+    for key in keys(load(find(config), overrides), hosts=hosts, host=host, start=start, num_keys=count):
         click.echo(f"{key.position} {key.shard} {key.record} {key.label}")
 
 

@@ -21,8 +21,7 @@ from launcher.place import Place, address, hold_port, in_slurm_step
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-# -P: a folder called models/ or trainer/ where the user stands must not come before ours.
-WORKER = [sys.executable, "-P", "-m", "launcher.worker", "--exit-with-stdin"]
+WORKER = [sys.executable, "-P", "-m", "podlaunch.host", "worker", "--exit-with-stdin"]
 # Not inherited: it would contradict the number of CPU devices that the plan names.
 CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 INTERFACE = "LAUNCH_INTERFACE"
@@ -234,7 +233,7 @@ def _obey(host: Host) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m launcher.host RUN ATTEMPT`, a task of the launcher's srun; never returns."""
+    """Entry point of `python -m podlaunch.host task RUN ATTEMPT`, a task of the launcher's srun; never returns."""
     place = in_slurm_step()
     assert place is not None
     host, say = Host(place, RunDirectory(Path(sys.argv[1]))), _Channel(place)

@@ -1,6 +1,6 @@
 """On a TPU VM, before anything runs: what would fail later, in words.
 
-`python -m launcher.preflight FOLDER` reads Questions on standard input. It answers with a line of JSON; on
+`python -m podlaunch.host preflight FOLDER` reads Questions on standard input. It answers with a line of JSON; on
 host 0 it first listens until its standard input ends, so that the other hosts can try to reach it.
 """
 

@@ -304,10 +304,10 @@ class RemoteGang:
         return made.decode().strip().splitlines()[-1]
 
     def _module(self, folder: str, python: str, module: str, *arguments: str) -> tuple[str, ...]:
-        """The command line of a module of the code on a host."""
+        """The command line of a program of podlaunch/host.py on a host."""
         settings = {"PYTHONPATH": f"{folder}/code"} | self._cluster.environment
         variables = [f"{name}={value}" for name, value in settings.items()]
-        return ("env", *variables, python, "-P", "-m", f"launcher.{module}", *arguments)
+        return ("env", *variables, python, "-P", "-m", "podlaunch.host", module, *arguments)
 
     def _preflight(self, ssh: Ssh, folders: list[str], pythons: list[str]) -> tuple[str, str]:
         """The address at which the processes are to meet, and a notice that a host has been given. Raises HostError."""

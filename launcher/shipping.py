@@ -14,7 +14,8 @@ from pathlib import Path
 
 from configs.errors import UserError
 from launcher.bootstrap import MANIFEST
-from launcher.provenance import HOME, ROOMS, digest
+from launcher.provenance import HOME, digest
+from podlaunch import code
 
 LOCK = "requirements-tpu.txt"
 SETUP = "deploy/tpu/environment.sh"
@@ -26,7 +27,7 @@ def archive(max_mib: float, home: Path = HOME) -> bytes:
     Raises UserError where it is larger than a host should get.
     """
     files = _listed(home)
-    sizes = {file: (home / file).stat().st_size for file in files}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
     if (total := sum(sizes.values())) > max_mib * 2**20:
         largest = sorted(sizes, key=lambda file: sizes[file], reverse=True)[:3]
         raise UserError(
@@ -36,8 +37,8 @@ def archive(max_mib: float, home: Path = HOME) -> bytes:
     packed = io.BytesIO()
     # Dereferenced: of two hard links, too, each is a file.
     with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=6, dereference=True) as tar:
-        for file in files:
-            tar.add(home / file, arcname=file, recursive=False, filter=_of_nobody)
+        for name, file in files.items():
+            tar.add(file, arcname=name, recursive=False, filter=_of_nobody)
     return packed.getvalue()
 
 
@@ -101,13 +102,15 @@ def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _listed(home: Path) -> list[str]:
-    """By git, or where this is no checkout all code of the package."""
+def _listed(home: Path) -> dict[str, Path]:
+    """By git, or where this is no checkout all code of podlaunch; by their names in a checkout."""
+    if not (home / ".git").exists():  # it may lie in somebody else's
+        return code(home)
     command = ["git", "-C", str(home), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = os.fsdecode(subprocess.run(command, capture_output=True).stdout).split("\0")
     except FileNotFoundError:
         listed = []
     # Not what is deleted but still tracked, nor links and submodules.
-    files = sorted({f for f in listed if f and (home / f).is_file() and not (home / f).is_symlink()})
-    return files or sorted(str(f.relative_to(home)) for room in ROOMS for f in (home / room).rglob("*.py"))
+    names = sorted({f for f in listed if f and (home / f).is_file() and not (home / f).is_symlink()})
+    return {name: home / name for name in names} or code(home)

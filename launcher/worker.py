@@ -111,7 +111,7 @@ class StopSignal:
 
 
 def main() -> None:
-    """Entry point of `python -m launcher.worker`; never returns."""
+    """Entry point of `python -m podlaunch.host worker`; never returns."""
     faulthandler.enable()
     if "--exit-with-stdin" in sys.argv[1:]:
         threading.Thread(target=_exit_with_stdin, name="lifeline", daemon=True).start()

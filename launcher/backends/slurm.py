@@ -52,7 +52,7 @@ def render(plan: Plan) -> str:
         return shlex.join(_srun(plan, attempt=1))
     cluster = SlurmCluster.model_validate(plan.submission)
     python = cluster.python if cluster.python and not cluster.container else sys.executable
-    supervise = [python, "-P", "-m", "launcher.cli", "supervise", "--", plan.run_directory]
+    supervise = [python, "-P", "-m", "podlaunch", "supervise", "--", plan.run_directory]
     return "\n".join(
         [
             "#!/bin/bash",
@@ -329,7 +329,8 @@ def _srun(plan: Plan, attempt: int) -> list[str]:
         python,
         "-P",
         "-m",
-        "launcher.host",
+        "podlaunch.host",
+        "task",
         plan.run_directory,
         str(attempt),
     ]

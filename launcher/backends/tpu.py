@@ -62,7 +62,7 @@ def render(plan: Plan) -> str:
         first = "\n".join(["# one queued resource", *lines])
     folder = f"{FOLDER}/{identity(plan.run_directory)}"
     python = cluster.python or f"{FOLDER}/environments/LOCK/bin/python"
-    agent = shlex.join([python, "-P", "-m", "launcher.agent", "start", folder])
+    agent = shlex.join([python, "-P", "-m", "podlaunch.host", "agent", "start", folder])
     return f"{first}\n# on each of its {plan.hosts} VMs, by ssh, with the code in {folder}/code\n{agent}"
 
 
