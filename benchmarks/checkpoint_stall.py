@@ -21,8 +21,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from _common import REPOSITORY, print_table, random_leaves, setup, synthetic_config
 
+from benchmarks._common import REPOSITORY, print_table, random_leaves, setup, synthetic_config
 from configs import checkpoints as places
 from configs.schema import CheckpointConfig
 from tests import gcs

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import jax
-from _common import print_table, random_leaves, setup, synthetic_config
 
+from benchmarks._common import print_table, random_leaves, setup, synthetic_config
 from configs.schema import RunConfig
 from launcher.rundir import RunDirectory
 from launcher.worker import Membership, Reporter

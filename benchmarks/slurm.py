@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _common import REPOSITORY, print_table
-
+from benchmarks._common import REPOSITORY, print_table
 from launcher.rundir import RunDirectory
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -50,7 +49,7 @@ def wait_for(what: Callable[[], object], seconds: float = 300) -> float:
 def launch(
     environment: dict[str, str], root: str, name: str, *more: str
 ) -> tuple[subprocess.Popen, RunDirectory]:
-    command = [sys.executable, "-m", "launcher.cli", QUICKSTART, "--root", root, "--name", name, *more]
+    command = [sys.executable, "-m", "podlaunch", QUICKSTART, "--root", root, "--name", name, *more]
     process = subprocess.Popen(
         [*command, "--cluster", "slurm-4x0"],
         env=environment,
@@ -91,7 +90,7 @@ def ours(environment: dict[str, str], root: str) -> tuple[float, float]:
     over = wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in victims))
     again = wait_for(lambda: trains(run, 2))
     subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "stop", "killed", "--root", root], env=environment, check=True,
+        [sys.executable, "-m", "podlaunch", "stop", "killed", "--root", root], env=environment, check=True,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     process.wait()
@@ -105,7 +104,7 @@ def plain(environment: dict[str, str], root: str) -> tuple[float, float]:
     script = f'until srun {sys.executable} {PLAIN} {QUICKSTART} "{root}"; do :; done'
     job = subprocess.run(
         ["sbatch", "--parsable", "--nodes=4", "--ntasks-per-node=1", "--output=/dev/null", "--wrap", script],
-        env=environment | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        env=environment | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)},
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
 

@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import REPOSITORY, print_table
-
+from benchmarks._common import REPOSITORY, print_table
 from launcher.rundir import RunDirectory
 
 LAUNCH = str(Path(sys.executable).with_name("launch"))

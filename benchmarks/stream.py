@@ -4,7 +4,7 @@ A server of its own process, on a core of its own, speaks Cloud Storage's protoc
 seconds. Everything is read as training reads it, from `data.source: records` to decoded samples in threads,
 without the network that is trained. Rounds alternate between folder and bucket.
 
-    python benchmarks/stream.py
+    python -m benchmarks.stream
 """
 
 import argparse
@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from _common import REPOSITORY, print_table
-from _images import photographs
 
+from benchmarks._common import REPOSITORY, print_table
+from benchmarks._images import photographs
 from configs.load import load
 from configs.schema import RunConfig
 from tests import gcs
@@ -112,7 +112,8 @@ def child(path: str, num_examples: int, position: int, count: int, *overrides: s
     """`read` in a process of its own: what it took, and its peak resident set in MiB."""
     command = [
         sys.executable,
-        __file__,
+        "-m",
+        "benchmarks.stream",
         "--child",
         path,
         *map(str, (num_examples, position, count)),

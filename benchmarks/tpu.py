@@ -20,8 +20,7 @@ from ipaddress import IPv4Network
 from itertools import islice
 from pathlib import Path
 
-from _common import REPOSITORY, print_table
-
+from benchmarks._common import REPOSITORY, print_table
 from configs.clusters import TpuCluster
 from launcher import shipping
 from launcher.agent import FOLDER, identity
