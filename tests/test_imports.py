@@ -64,7 +64,7 @@ def test_no_module_of_configs_and_launcher_loads_jax():
 def test_help_answers_at_once():
     def seconds() -> float:
         begun = time.monotonic()
-        subprocess.run([sys.executable, "-m", "launcher.cli", "--help"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "podlaunch", "--help"], check=True, capture_output=True)
         return time.monotonic() - begun
 
     # The best of some: the machine may have other work.

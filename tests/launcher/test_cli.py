@@ -46,7 +46,7 @@ def launch(*arguments: str) -> Result:
 
 
 def launch_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.cli", *arguments]
+    command = [sys.executable, "-m", "podlaunch", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=10)
 
 

@@ -25,7 +25,7 @@ from launcher.preflight import (
 from launcher.provenance import here
 from tests.gcs import Fault
 
-COMMAND = [sys.executable, "-P", "-m", "launcher.preflight"]
+COMMAND = [sys.executable, "-P", "-m", "podlaunch.host", "preflight"]
 
 
 @pytest.fixture

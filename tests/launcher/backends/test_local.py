@@ -13,9 +13,9 @@ from launcher.backends import local
 # A difference that is meant: copy what `launch --dry-run configs/quickstart.yaml` prints below the plan.
 RENDERED = """\
 LAUNCH_COORDINATOR=127.0.0.1:PORT LAUNCH_PROCESSES=2 LAUNCH_PROCESS=0 LAUNCH_RUN=/runs/quickstart \
-JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 {python} -P -m launcher.worker --exit-with-stdin
+JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 {python} -P -m podlaunch.host worker --exit-with-stdin
 LAUNCH_COORDINATOR=127.0.0.1:PORT LAUNCH_PROCESSES=2 LAUNCH_PROCESS=1 LAUNCH_RUN=/runs/quickstart \
-JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 {python} -P -m launcher.worker --exit-with-stdin"""
+JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 {python} -P -m podlaunch.host worker --exit-with-stdin"""
 
 
 def test_render_shows_a_command_a_process(planned):

@@ -110,7 +110,7 @@ def test_workers_in_a_container_run_on_its_python_and_see_the_run_directory(subm
     command = slurm._srun(submitted(**SPECS["container"]), attempt=3)
     assert "--container-image=registry.example/podlaunch:1" in command
     assert "--container-mounts=/home/me/runs/quickstart:/home/me/runs/quickstart,/data:/data:ro" in command
-    assert command[-6:] == ["python3", "-P", "-m", "launcher.host", "/home/me/runs/quickstart", "3"]
+    assert command[-7:] == ["python3", "-P", "-m", "podlaunch.host", "task", "/home/me/runs/quickstart", "3"]
 
 
 @pytest.mark.parametrize(
