@@ -20,6 +20,7 @@ from launcher.place import hold_port
 from launcher.rundir import RunDirectory
 from tests.gcs import Fault
 
+pytestmark = pytest.mark.linux
 COMMAND = [sys.executable, "-P", "-m", "podlaunch.host", "agent"]
 PLACE = "gs://bucket/runs/quickstart"
 SECRET = "of-nobody-else's-business"

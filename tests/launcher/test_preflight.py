@@ -25,6 +25,7 @@ from launcher.preflight import (
 from launcher.provenance import here
 from tests.gcs import Fault
 
+pytestmark = pytest.mark.linux
 COMMAND = [sys.executable, "-P", "-m", "podlaunch.host", "preflight"]
 
 
