@@ -5,12 +5,13 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TESTBED = slurm-wlm munge openssh-server iproute2
 
-.PHONY: help quickstart test test-fast testbed check format lock clean
+.PHONY: help quickstart test test-fast test-client testbed check format lock clean
 
 help:
 	@echo "make quickstart   train a ResNet here and now, on two processes"
 	@echo "make test         checks, then all tests"
 	@echo "make test-fast    the tests that start no processes"
+	@echo "make test-client  of these, what a laptop needs, on macOS too"
 	@echo "make testbed      install SLURM and sshd for the tests, where that is possible"
 	@echo "make check        ruff, mypy, the import rules"
 	@echo "make format       let ruff format the code"
@@ -37,6 +38,10 @@ test: check testbed test-fast
 
 test-fast: $(READY)
 	$(BIN)/pytest -m "not cluster" --numprocesses 2
+
+# What runs where the user types. Marked linux is what hosts run: it reads /proc.
+test-client: $(READY)
+	$(BIN)/pytest -m "not cluster and not linux" --numprocesses 2 tests/configs tests/launcher tests/test_packaging.py
 
 # The tests raise clusters of their own; policy-rc.d keeps the installation from starting services. Without
 # the programs they skip, and say so.

@@ -1,9 +1,14 @@
-"""Packaging: distribution `podlaunch`, console script `launch`, extras for the accelerators."""
+"""Packaging: distribution `podlaunch`, console script `launch`, extras for the accelerators.
+
+The rooms are installed inside the package podlaunch (podlaunch/__init__.py says why and how they are found there).
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+REPOSITORY = "https://github.com/podlaunch/podlaunch"
+ROOMS = ("configs", "launcher", "models", "trainer")
 PARQUET = ["pyarrow>=17"]
 ACCELERATORS = {
     "tpu": ["jax[tpu]"],
@@ -19,8 +24,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["configs*", "launcher*", "trainer*", "models*"]),
-    package_data={"configs": ["*.yaml", "*.json"], "launcher": ["py.typed"]},
+    license_files=["LICENSE"],
+    project_urls={
+        "Homepage": REPOSITORY,
+        "Documentation": f"{REPOSITORY}/tree/main/docs",
+        "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    },
+    packages=[
+        "podlaunch",
+        *(f"podlaunch.{p}" for room in ROOMS for p in find_packages(include=[room, f"{room}.*"])),
+    ],
+    package_dir={f"podlaunch.{room}": room for room in ROOMS},
+    package_data={"podlaunch": ["py.typed"], "podlaunch.configs": ["*.yaml", "*.json"]},
     install_requires=[
         "array_record>=0.8.1",
         "click>=8.1",
@@ -58,10 +74,11 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "setuptools>=77",
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["launch=launcher.cli:main"]},
+    entry_points={"console_scripts": ["launch=podlaunch.__main__:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: MacOS",

@@ -1,6 +1,5 @@
 """What several benchmarks share: a recipe on synthetic images, its train step and inputs, and a table."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from trainer.state import Network, TrainState, abstract_state, make_optimizer, m
 from trainer.step import Batch, make_train_step
 
 REPOSITORY = Path(__file__).parent.parent
-sys.path.append(str(REPOSITORY))  # for tests/, which is not installed: it has the server and the datasets
 
 
 def synthetic_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:

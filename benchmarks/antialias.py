@@ -5,7 +5,7 @@ scikit-learn's handwritten digits, one or two pixels thick, light on a dark, noi
 structure that an image can have: a case made hard on purpose. Evaluation is antialiased always. Each seed trains
 both ways, and the difference is taken seed by seed.
 
-    python benchmarks/antialias.py
+    python -m benchmarks.antialias
 """
 
 import argparse
@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from _common import REPOSITORY, print_table
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from benchmarks._common import REPOSITORY, print_table
 from launcher.rundir import RunDirectory
 
 SIZE = (72, 54)

@@ -2,7 +2,7 @@
 
 The state is that of ResNet-50 with SGD and momentum, filled with noise. Between saves runs a step that
 donates and rewrites every leaf, until the files are committed, so that no save waits for the one before.
-Held means `save` and each `poll` after it; on the synchronous side `save` and `wait`, checksums included.
+HeldError means `save` and each `poll` after it; on the synchronous side `save` and `wait`, checksums included.
 The last column is the step that follows: it competes with the writing threads. Bar: 0.15.
 With --latency the checkpoints go to gs://, that is, to a server here that answers after so many seconds.
 """
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from _common import REPOSITORY, print_table, random_leaves, setup, synthetic_config
 
+from benchmarks._common import REPOSITORY, print_table, random_leaves, setup, synthetic_config
 from configs import checkpoints as places
 from configs.schema import CheckpointConfig
 from tests import gcs

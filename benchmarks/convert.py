@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _images import photographs
-
+from benchmarks._images import photographs
 from trainer.data.tools.convert import Settings, convert
 
 NUM_CLASSES = 10

@@ -17,10 +17,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from _common import Setup, print_table, random_leaves, setup, synthetic_config
 from flax import nnx
 
 import models
+from benchmarks._common import Setup, print_table, random_leaves, setup, synthetic_config
 from configs.schema import RunConfig
 from trainer.step import Batch
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import simplejpeg
-from _common import print_table
-from _images import photographs
 
+from benchmarks._common import print_table
+from benchmarks._images import photographs
 from configs.schema import AugmentConfig, DataConfig
 from trainer.data.pixels.transform import eval_image, train_image
 

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import jax
-from _common import print_table, random_leaves, setup, synthetic_config
-from launcher.worker import Membership, Reporter
 
+from benchmarks._common import print_table, random_leaves, setup, synthetic_config
 from configs.schema import RunConfig
+from launcher.host.worker import Membership, Reporter
 from launcher.rundir import RunDirectory
 from trainer.loop import train
 
@@ -84,7 +84,7 @@ def main() -> None:
     turns = TakingTurns(BareLoop(config, steps=total), rounds=args.rounds, steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder))
-        run.begin_attempt()
+        run.attempts.begin()
         report = Reporter(run, Membership(None, 1, 0))
         train(config, steps=total, directory=run.path, report=report, stop_requested=turns)
     table, images = [], steps * config.train.batch_size

@@ -14,8 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import REPOSITORY, print_table
-
+from benchmarks._common import REPOSITORY, print_table
 from launcher.rundir import RunDirectory
 
 
@@ -42,7 +41,7 @@ def main() -> None:
         subprocess.run(command, cwd=home, env=environment, check=True)
         wall = time.perf_counter() - begun
         run = RunDirectory(home / "runs" / "quickstart")
-        result, training = run.result(), sum(a["wall_seconds"] for a in run.attempts())
+        result, training = run.result(), sum(a["wall_seconds"] for a in run.attempts.all())
     assert result is not None
     accuracy, count = result["metrics"]["eval/accuracy"], result["metrics"]["eval/count"]
     print()

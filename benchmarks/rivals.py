@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import REPOSITORY, print_table
-from _images import photographs
-
+from benchmarks._common import REPOSITORY, print_table
+from benchmarks._images import photographs
 from configs.files import cache_folder
 
 BENCHMARKS = Path(__file__).parent
@@ -40,15 +39,15 @@ class Side:
     """None: the one that runs this."""
 
 
-BARE = Side("simplejpeg's own loop", "podlaunch", "bare")
-OURS = Side("ours", "podlaunch", "decode")
-ANTIALIASED = Side("ours, antialiased", "podlaunch", "antialiased")
+BARE = Side("simplejpeg's own loop", "ours", "bare")
+OURS = Side("ours", "ours", "decode")
+ANTIALIASED = Side("ours, antialiased", "ours", "antialiased")
 TF_DATA = Side("tf.data, fused decode and crop", "tf_data", "decode", "tensorflow")
 TORCHVISION = Side("torchvision, PIL", "torchvision_pil", "decode", "torchvision")
-OUR_STREAM = Side("ours", "podlaunch", "stream")
+OUR_STREAM = Side("ours", "ours", "stream")
 MOSAIC = Side("MosaicML Streaming", "mosaicml_streaming", "stream", "mosaicml-streaming")
 WEBDATASET = Side("WebDataset", "webdataset_tar", "stream", "webdataset")
-OUR_WRITER = Side("ours, read back and checked", "podlaunch", "convert")
+OUR_WRITER = Side("ours, read back and checked", "ours", "convert")
 MOSAIC_WRITER = Side("MosaicML MDSWriter", "mosaicml_streaming", "convert", "mosaicml-streaming")
 IMAGE_FOLDER = Side("torchvision ImageFolder, its decoding", "torchvision_pil", "stream", "torchvision")
 LITDATA = Side("LitData optimize", "litdata_optimize", "convert", "litdata")

@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _common import REPOSITORY, print_table
-
+from benchmarks._common import REPOSITORY, print_table
 from launcher.rundir import RunDirectory
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -50,7 +49,7 @@ def wait_for(what: Callable[[], object], seconds: float = 300) -> float:
 def launch(
     environment: dict[str, str], root: str, name: str, *more: str
 ) -> tuple[subprocess.Popen, RunDirectory]:
-    command = [sys.executable, "-m", "launcher.cli", QUICKSTART, "--root", root, "--name", name, *more]
+    command = [sys.executable, "-m", "podlaunch", QUICKSTART, "--root", root, "--name", name, *more]
     process = subprocess.Popen(
         [*command, "--cluster", "slurm-4x0"],
         env=environment,
@@ -61,8 +60,8 @@ def launch(
 
 
 def trains(run: RunDirectory, attempt: int) -> bool:
-    report = run.report(0)
-    return run.last_attempt() == attempt and report.get("phase") == "training"
+    report = run.hosts.report(0)
+    return run.attempts.last() == attempt and report.get("phase") == "training"
 
 
 def start(environment: dict[str, str], root: str, name: str) -> list[dict[str, float]]:
@@ -74,7 +73,7 @@ def start(environment: dict[str, str], root: str, name: str) -> list[dict[str, f
         raise SystemExit(f"launch ended with exit code {process.returncode}")
     splits = []
     for number in range(4):
-        report = run.report(number)
+        report = run.hosts.report(number)
         seconds = report["seconds"] | {"hosts": report["begun"] - began}
         split = {label: seconds.get(key, 0.0) for label, key in PHASES.items()}
         splits.append({"launch to srun": began - typed, **split, "srun to first step": sum(split.values())})
@@ -84,14 +83,14 @@ def start(environment: dict[str, str], root: str, name: str) -> list[dict[str, f
 def ours(environment: dict[str, str], root: str) -> tuple[float, float]:
     """Seconds from a task's death to the end of the step, and to the first step of the next attempt."""
     process, run = launch(environment, root, "killed", "train.steps=1000")
-    wait_for(lambda: trains(run, 1) and run.report(0)["step"] >= UNDER_WAY)
-    victims = [run.report(number)["pid"] for number in range(4)]
+    wait_for(lambda: trains(run, 1) and run.hosts.report(0)["step"] >= UNDER_WAY)
+    victims = [run.hosts.report(number)["pid"] for number in range(4)]
     os.kill(victims[3], signal.SIGKILL)
     killed = time.time()
     over = wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in victims))
     again = wait_for(lambda: trains(run, 2))
     subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "stop", "killed", "--root", root], env=environment, check=True,
+        [sys.executable, "-m", "podlaunch", "stop", "killed", "--root", root], env=environment, check=True,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     process.wait()
@@ -105,7 +104,7 @@ def plain(environment: dict[str, str], root: str) -> tuple[float, float]:
     script = f'until srun {sys.executable} {PLAIN} {QUICKSTART} "{root}"; do :; done'
     job = subprocess.run(
         ["sbatch", "--parsable", "--nodes=4", "--ntasks-per-node=1", "--output=/dev/null", "--wrap", script],
-        env=environment | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        env=environment | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)},
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
 

@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import REPOSITORY, print_table
-
+from benchmarks._common import REPOSITORY, print_table
 from launcher.rundir import RunDirectory
 
 LAUNCH = str(Path(sys.executable).with_name("launch"))
@@ -45,7 +44,7 @@ def seconds_to_first_step(root: str, name: str, environment: dict[str, str]) -> 
         env=environment,
         stdout=subprocess.DEVNULL,
     )
-    while "first_step" not in run.report(0).get("seconds", {}):
+    while "first_step" not in run.hosts.report(0).get("seconds", {}):
         if process.poll() is not None:
             raise SystemExit(f"launch ended with exit code {process.returncode} before its first step")
         time.sleep(0.01)
@@ -54,7 +53,7 @@ def seconds_to_first_step(root: str, name: str, environment: dict[str, str]) -> 
         raise SystemExit(f"launch ended with exit code {process.returncode}")
     planned = (run.path / "plan.json").stat().st_mtime
     splits = []
-    for report in map(run.report, range(run.report(0)["processes"])):
+    for report in map(run.report, range(run.hosts.report(0)["processes"])):
         seconds = report["seconds"] | {"launcher": planned - typed, "python": report["begun"] - planned}
         phases = {label: sum(seconds.get(part, 0.0) for part in parts) for label, parts in PHASES.items()}
         splits.append(phases | {"rest": total - sum(phases.values()), "typing to first step": total})

@@ -4,7 +4,7 @@ A server of its own process, on a core of its own, speaks Cloud Storage's protoc
 seconds. Everything is read as training reads it, from `data.source: records` to decoded samples in threads,
 without the network that is trained. Rounds alternate between folder and bucket.
 
-    python benchmarks/stream.py
+    python -m benchmarks.stream
 """
 
 import argparse
@@ -21,14 +21,14 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from _common import REPOSITORY, print_table
-from _images import photographs
 
+from benchmarks._common import REPOSITORY, print_table
+from benchmarks._images import photographs
 from configs.load import load
 from configs.schema import RunConfig
 from tests import gcs
 from tests.trainer import datasets
-from trainer.data.order import Order, ProcessStream, train_order
+from trainer.data.order import ProcessStream, WorkerSpec, train_order
 from trainer.data.sources.records import open_splits
 from trainer.data.storage.dataset import MANIFEST, RECORD_DTYPE, RECORDS, Shard, publish
 from trainer.data.storage.store import open_store
@@ -112,7 +112,8 @@ def child(path: str, num_examples: int, position: int, count: int, *overrides: s
     """`read` in a process of its own: what it took, and its peak resident set in MiB."""
     command = [
         sys.executable,
-        __file__,
+        "-m",
+        "benchmarks.stream",
         "--child",
         path,
         *map(str, (num_examples, position, count)),
@@ -161,7 +162,7 @@ def planning() -> None:
     n = 10_000_000
     records = np.zeros(n, RECORD_DTYPE)
     begun = time.perf_counter()
-    order = Order(n, 0, "blocks", np.arange(0, n, 38), lanes=64, window=128)
+    order = WorkerSpec(n, 0, "blocks", np.arange(0, n, 38), lanes=64, window=128)
     order.index(n // 2)
     ready = time.perf_counter() - begun
     begun = time.perf_counter()

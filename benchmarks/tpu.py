@@ -20,15 +20,14 @@ from ipaddress import IPv4Network
 from itertools import islice
 from pathlib import Path
 
-from _common import REPOSITORY, print_table
-from launcher.agent import FOLDER, identity
-from launcher.ssh import Ssh, connected
-
+from benchmarks._common import REPOSITORY, print_table
 from configs.clusters import TpuCluster
-from launcher import shipping
+from launcher.host.agent import FOLDER
 from launcher.providers import Machine
-from launcher.remote import BOOTSTRAP
-from launcher.rundir import RunDirectory
+from launcher.remote import shipping
+from launcher.remote.prepare import bootstrap_command
+from launcher.remote.ssh import Ssh, connected
+from launcher.rundir import RunDirectory, run_id
 from tests.clusters import cloud as clouds
 from tests.clusters import network
 from tests.clusters import tpu as slices
@@ -70,12 +69,12 @@ def launch(run: CloudRun, accelerator: str, attempt: int) -> dict[str, float]:
     """The split of process 0, from typing to the end of the first step."""
     typed = time.time()
     launched = run.launch("--keep", f"train.steps={attempt}", *CONSTANT, cluster=f"tpu-{accelerator}")
-    folder = Path(FOLDER, identity(run.place), "run")
+    folder = Path(FOLDER, run_id(run.location), "run")
 
     def trains() -> bool:
         """By the word on the VM's disk; on gs:// it is seconds old."""
         vms = run.cloud.vms
-        reports = [RunDirectory(vms.home(k) / folder).report(0) for k in range(len(vms.machines))]
+        reports = [RunDirectory(vms.home(k) / folder).hosts.report(0) for k in range(len(vms.machines))]
         return any("first_step" in r.get("seconds", {}) and r["begun"] > typed for r in reports)
 
     run.wait_until(trains, "the first step")
@@ -84,7 +83,7 @@ def launch(run: CloudRun, accelerator: str, attempt: int) -> dict[str, float]:
         raise SystemExit(launched.text)
     name = f"{run.prefix}logs/attempt-{attempt}/where.json"
     where = json.loads(run.cloud.storage.contents(name)[name])
-    report = run.report()
+    report = run.hosts.report()
     before = {label: where["start_seconds"][key] for label, key in IN_LAUNCH.items()}
     split = {
         "launcher: import, plan, request": where["begun"] - typed,
@@ -127,7 +126,7 @@ def launched_twice(cloud: Cloud, temporary: str, accelerator: str) -> dict[str, 
 
 
 def fan_out(counts: list[int]) -> None:
-    packed = shipping.Code(shipping.archive(100.0)).missing({})
+    packed = shipping.CodeArchive(shipping.pack(100.0)).delta({})
     assert packed is not None
     with tempfile.TemporaryDirectory() as folder, slices.raised("2g") as vms:
         cluster, machines = many_hosts(vms, Path(folder))
@@ -171,8 +170,9 @@ def reach(
     with connected(cluster, machines) as ssh:
 
         def told(command: str, text: bytes = b"") -> Callable[[int], bytes]:
-            words = ("python3", "-I", "-c", BOOTSTRAP.read_text(), command)
-            return lambda process: ssh.run(process, *words, f"{home}/{process}", text=text)
+            return lambda process: ssh.run(
+                process, *bootstrap_command(command, f"{home}/{process}"), text=text
+            )
 
         seconds = [timed(ssh, told("probe"), at_once), timed(ssh, told("receive", packed), at_once)]
         channels = ssh.each(lambda process: opened(ssh, process))

@@ -25,7 +25,7 @@ def test_rooms_import_one_way():
 
 LAUNCH = """
 import sys
-from launcher.commands.cli import main
+from launcher.commands.main import main
 main(sys.argv[1:], standalone_mode=False)
 print(*{name.partition(".")[0] for name in sys.modules})
 """
@@ -64,9 +64,7 @@ def test_no_module_of_configs_and_launcher_loads_jax():
 def test_help_answers_at_once():
     def seconds() -> float:
         begun = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-m", "launcher.commands.cli", "--help"], check=True, capture_output=True
-        )
+        subprocess.run([sys.executable, "-m", "podlaunch", "--help"], check=True, capture_output=True)
         return time.monotonic() - begun
 
     # The best of some: the machine may have other work.

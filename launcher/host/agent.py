@@ -104,6 +104,8 @@ class Agent:
         """Have the workers save, all at a common step, while there is time."""
         while not self.notice:
             time.sleep(NOTICE_SECONDS)
+            if self._worker.poll() is not None:
+                return
             self.notice = metadata.eviction_notice() or ""
         self.request_stop()
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from podlaunch import HOME, ROOMS
+from podlaunch import HOME, ROOMS, code
 
 PACKAGES = ("podlaunch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -29,11 +29,7 @@ def fingerprint() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    files = {
-        str(file.relative_to(HOME)): file.read_bytes()
-        for room in ROOMS
-        for file in (HOME / room).rglob("*.py")
-    }
+    files = {name: file.read_bytes() for name, file in code(HOME).items()}
     return {"code": digest(files), "python": sys.version.split()[0], "packages": versions}
 
 
@@ -54,14 +50,17 @@ def differences(planned: dict[str, Any]) -> list[str]:
 
 
 def digest(files: Mapping[str, bytes]) -> str:
-    """SHA-256 over names and contents of the code among `files`: what ends in .py in ROOMS."""
+    """SHA-256 over names and contents of the code among `files`: what ends in .py in ROOMS and podlaunch/."""
     sha = hashlib.sha256()
-    for name in sorted(name for name in files if name.split("/")[0] in ROOMS and name.endswith(".py")):
+    folders = (*ROOMS, "podlaunch")
+    for name in sorted(name for name in files if name.split("/")[0] in folders and name.endswith(".py")):
         sha.update(f"{name} {len(files[name])}\n".encode() + files[name])
     return sha.hexdigest()
 
 
 def _git(*arguments: str) -> str | None:
+    if not (HOME / ".git").exists():  # an installed package may lie in somebody else's checkout
+        return None
     with contextlib.suppress(OSError):
         done = subprocess.run(["git", "-C", str(HOME), *arguments], capture_output=True, text=True)
         if done.returncode == 0:

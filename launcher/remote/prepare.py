@@ -98,7 +98,7 @@ class Preparation:
         """What the host is and has, as bootstrap.py tells. Raises HostError where its disk or clock is no good."""
         self._attempt.check_stopped()
         begun = time.time()
-        command = _bootstrap("probe", self._folder)
+        command = bootstrap_command("probe", self._folder)
         probe = json.loads(self._ssh.run(process, *command, seconds=self._cluster.contact_seconds))
         host, needed = self._machines[process].internal, self._cluster.min_disk_gib
         if probe["disk_bytes"] < needed * 2**30:
@@ -136,7 +136,7 @@ class Preparation:
             tar = tars[process]
             if tar is not None:
                 self._attempt.check_stopped()
-                self._ssh.run(process, *_bootstrap("receive", self._folder), text=tar)
+                self._ssh.run(process, *bootstrap_command("receive", self._folder), text=tar)
 
         self._ssh.each(copy)
         return size
@@ -229,7 +229,7 @@ class Preparation:
         return megascale_environment(coordinator, slices, self._machines[process].slice)
 
 
-def _bootstrap(command: str, folder: str) -> tuple[str, ...]:
+def bootstrap_command(command: str, folder: str) -> tuple[str, ...]:
     # The host has no file of ours yet, so the program itself is an argument.
     program = Path(bootstrap.__file__).read_text()
     return ("python3", "-I", "-c", program, command, folder)

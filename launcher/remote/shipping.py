@@ -105,6 +105,8 @@ def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
 
 def _files(home: Path) -> dict[str, Path]:
     """Files by their names in the archive: what git lists, or all code where `home` is no checkout."""
+    if not (home / ".git").exists():  # an installed package may lie in somebody else's checkout
+        return podlaunch.code(home)
     command = ["git", "-C", str(home), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = os.fsdecode(subprocess.run(command, capture_output=True).stdout).split("\0")

@@ -47,7 +47,7 @@ class Command:
         self._output = output
         with output.open("wb") as f:
             self.process = subprocess.Popen(
-                [*inside, sys.executable, "-m", "launcher.cli", *arguments],
+                [*inside, sys.executable, "-m", "podlaunch", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=f,
                 stderr=subprocess.STDOUT,
@@ -72,7 +72,7 @@ class TerminalCommand:
         self._keyboard, terminal = pty.openpty()
         self._received = b""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.LOGIN, sys.executable, "-m", "launcher.cli", *arguments],
+            [sys.executable, "-c", self.LOGIN, sys.executable, "-m", "podlaunch", *arguments],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,

@@ -69,7 +69,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(run):
 def test_ctrl_c_that_also_ends_the_reader_of_a_pipe_still_saves(run):
     """`launch … | tee log`: the terminal's Ctrl-C reaches tee too, and then nobody reads what launch prints."""
     launched = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", *run.arguments()],
+        [sys.executable, "-m", "podlaunch", *run.arguments()],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=run.environment,
     )  # fmt: skip
     try:

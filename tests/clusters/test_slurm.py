@@ -64,7 +64,7 @@ def text_of(command: Command, code: int = 0) -> str:
 
 
 def host_of(run: Run, process: int) -> int:
-    """Process id of the launcher.host that watches a worker."""
+    """Process id of the host process that watches a worker."""
     status = Path(f"/proc/{run.workers()[process]}/status").read_text()
     return int(re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1])
 
@@ -97,7 +97,7 @@ def test_batch_script_by_hand_is_the_same_run(slurm, run, uninterrupted):
 
 
 def test_worker_in_a_script_of_ones_own_joins_by_itself(slurm, run):
-    launch = [sys.executable, "-m", "launcher.cli", "worker", *run.arguments("train.steps=4", cluster=None)]
+    launch = [sys.executable, "-m", "podlaunch", "worker", *run.arguments("train.steps=4", cluster=None)]
     srun = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", *launch]
     slurm.run(*srun)
     assert "run tiny is complete" in slurm.run(*srun)  # and the other task does not wait for what is done
@@ -289,7 +289,7 @@ def test_without_time_for_another_attempt_a_job_that_may_not_be_requeued_is_subm
 
 def test_job_too_short_to_save_is_refused_in_it(slurm, run):
     output = run.folder / "output.txt"
-    command = subprocess.list2cmdline([sys.executable, "-m", "launcher.cli", *run.arguments(cluster=None)])
+    command = subprocess.list2cmdline([sys.executable, "-m", "podlaunch", *run.arguments(cluster=None)])
     slurm.run(
         "sbatch", "--wait", "--nodes=2", "--time=3", f"--output={output}", f"--wrap={command}", check=False
     )
@@ -333,7 +333,7 @@ def test_without_sbatch_it_says_where_to_type_it(slurm, run):
 def test_run_directory_that_a_node_does_not_see_is_told_with_its_name(slurm, run):
     # The folder that is a disk of each node's own: n1 gets the directory, n2 does not have it.
     run.root = slurm.local_disk
-    script = [sys.executable, "-m", "launcher.cli", *run.arguments("train.steps=1", cluster=None)]
+    script = [sys.executable, "-m", "podlaunch", *run.arguments("train.steps=1", cluster=None)]
     output = run.folder / "output.txt"
     slurm.run(
         "sbatch", "--wait", "--nodes=2", "--nodelist=n1,n2", f"--output={output}", "--wrap",

@@ -154,7 +154,7 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-def ordered(recipe: Path, *options: object) -> list[list[str]]:
+def ordered(recipe: Path | str, *options: object) -> list[list[str]]:
     done = launch("order", recipe, *options)
     assert done.exit_code == 0, done.output
     return [line.split() for line in done.stdout.splitlines()]
@@ -166,6 +166,11 @@ def test_an_epoch_of_the_order_is_each_record_once_with_its_label(recipe: Path):
     records = [10 * int(shard[5:10]) + int(record) for _, shard, record, _ in lines]
     assert sorted(records) == list(range(30)) != records
     assert [int(label) for *_, label in lines] == [record % 7 for record in records]
+
+
+def test_the_recipe_may_be_given_by_its_name(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(recipe.parent)
+    assert ordered("recipe", "--count", 3) == ordered(recipe, "--count", 3)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])

@@ -131,6 +131,16 @@ def test_command_in_the_head_of_each_recipe_can_be_planned(path, monkeypatch):
     assert f"run         {path.stem}  (configs/{path.name})" in result.stdout
 
 
+@pytest.mark.parametrize("command", [[], ["run"], ["plan"]], ids=" ".join)
+def test_recipe_may_be_given_by_its_name(tmp_path, command):
+    (tmp_path / "mine.yaml").write_text((RECIPES / "quickstart.yaml").read_text())
+    more = [] if command == ["plan"] else ["--dry-run"]
+    for name, file in (("mine", "mine.yaml"), ("r50", RECIPES / "r50.yaml")):
+        result = launch(*command, name, *more)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith(f"run         {name}  ({file})\n")
+
+
 # Mistakes
 
 
@@ -151,11 +161,11 @@ def test_data_that_is_not_there_is_told_before_anything_is_made(root, path, told
     ("word", "fragments"),
     [
         ("nope.yaml", ["nope.yaml: no such file"]),
-        (".", ["Is a directory"]),
-        ("quickstart", ["quickstart: neither a command nor a recipe file", "launch --help"]),
-        ("plna", ["plna: neither a command nor a recipe file", 'did you mean "plan"?']),
+        (".", [".: neither a command nor a recipe"]),
+        ("quick", ["quick: neither a command nor a recipe", "launch --help"]),
+        ("plna", ["plna: neither a command nor a recipe", 'did you mean "plan"?']),
         ("statu", ['did you mean "status"?']),
-        ("x" * 300, ["neither a command nor a recipe file"]),
+        ("x" * 300, ["neither a command nor a recipe"]),
     ],
 )
 def test_word_that_is_neither_command_nor_recipe_is_refused(tmp_path, word, fragments):

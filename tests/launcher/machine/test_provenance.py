@@ -1,6 +1,7 @@
 """What must be the same on all hosts, and how a difference is told."""
 
 import re
+import subprocess
 
 import pytest
 
@@ -25,6 +26,19 @@ def test_digest_follows_the_code(tmp_path, monkeypatch):
         difference
         == f"code {provenance.fingerprint()['code'][:12]} in {tmp_path}, planned {planned['code'][:12]}"
     )
+
+
+def test_commit_is_ours_not_that_of_a_repository_we_are_installed_in(tmp_path, monkeypatch):
+    home = tmp_path / "site-packages" / "podlaunch"
+    home.mkdir(parents=True)
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    monkeypatch.setattr(provenance, "HOME", home)
+    found = provenance.provenance()
+    assert (found["commit"], found["dirty"]) == (None, None)
 
 
 @pytest.mark.parametrize(

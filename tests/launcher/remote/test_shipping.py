@@ -107,6 +107,16 @@ def test_folder_that_is_no_checkout_is_the_code_of_the_package(tmp_path):
     assert names(pack(1, tmp_path)) == {"launcher/a.py", "trainer/data/b.py"}
 
 
+def test_installed_package_is_packed_as_a_checkout_lies(tmp_path):
+    """The rooms are inside the package there; in an environment that lies in somebody's checkout, not ignored."""
+    home = tmp_path / "site-packages" / "podlaunch"
+    for name in ("__init__.py", "host.py", "launcher/a.py", "configs/quickstart.yaml"):
+        write(home / name, "x")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "--all", ".")
+    assert names(pack(1, home)) == {"podlaunch/__init__.py", "podlaunch/host.py", "launcher/a.py"}
+
+
 def test_two_links_to_one_file_are_two_files(tmp_path, host):
     write(tmp_path / "launcher/a.py", "x")
     (tmp_path / "launcher/b.py").hardlink_to(tmp_path / "launcher/a.py")

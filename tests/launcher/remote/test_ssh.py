@@ -206,6 +206,7 @@ def test_host_with_another_key_than_the_providers_is_not_talked_to(to, remote):
         to().run(0, "true")
 
 
+@pytest.mark.linux
 def test_ctrl_c_in_the_users_terminal_does_not_reach_commands(to, remote):
     remote('exec sh -c "$command"')
     session = to().run(0, "sh", "-c", "cut -d' ' -f6 /proc/$$/stat")
