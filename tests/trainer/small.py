@@ -1,6 +1,7 @@
 """A small real recipe, and a training over it that a test can cut short, resume and look into."""
 
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.step import Batch, make_train_step
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SMALL = (
+    "model.name=resnet4",
     "mesh.batch=4",
     "model.width=4",
     "model.batch_norm=4",
@@ -51,8 +53,20 @@ class Trainable:
         self.abstract = abstract_state(config, self.network, self.optimizer, self.mesh)
 
     def init(self) -> TrainState:
+        """A fresh state, made by the program that the loop makes it by."""
         return init_state(self.config, self.network, self.optimizer, self.abstract)
 
+    @cached_property
+    def _on_host(self) -> TrainState:
+        return jax.tree.map(np.array, self.init())
+
+    def fresh(self) -> TrainState:
+        """The same state in buffers of its own, to be donated, without running that program again."""
+        return jax.tree.map(
+            lambda x, like: jax.device_put(x.copy(), like.sharding), self._on_host, self.abstract
+        )
+
+    @cached_property
     def step(self) -> jax.stages.Wrapped:
         return make_train_step(
             self.config, self.network, self.optimizer, self.schedule, self.abstract, self.mesh
@@ -70,6 +84,12 @@ class Trainable:
         rows = np.zeros((self.mesh.size, 2), np.float32)
         rows[0] = save, stop
         return jax.device_put(rows, meshes.per_device_sharding(self.mesh))
+
+
+@cache
+def shared(*overrides: str) -> Trainable:
+    """The same one for the same overrides, so that tests share what they compile."""
+    return Trainable(config_of(*overrides))
 
 
 @dataclass

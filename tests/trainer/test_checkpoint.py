@@ -13,7 +13,7 @@ from configs import checkpoints as checkpoint_files
 from configs.errors import UserError
 from configs.schema import CheckpointConfig
 from tests.gcs import BUCKET, Fault, Server
-from tests.trainer.small import Trainable, config_of, equal_states
+from tests.trainer.small import Trainable, equal_states, shared
 from trainer.checkpoint import CHECKSUMS, Checkpointer, DataPosition
 
 POSITION = DataPosition(position=96, seed=0, digest="d")
@@ -39,14 +39,14 @@ def folders(place: epath.Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trainable() -> Trainable:
-    return Trainable(config_of("train.ema_decay=0.9"))
+    return shared("train.ema_decay=0.9")
 
 
 def saved(place: epath.Path, trainable: Trainable, steps: list[int], **settings: object) -> Checkpointer:
     """A checkpointer that has saved a fresh state under each of `steps`."""
     checkpoints = opened(place, **settings)
     for step in steps:
-        checkpoints.save(step, trainable.init(), POSITION)
+        checkpoints.save(step, trainable.fresh(), POSITION)
     checkpoints.wait()
     return checkpoints
 
@@ -54,9 +54,9 @@ def saved(place: epath.Path, trainable: Trainable, steps: list[int], **settings:
 def test_a_save_is_the_state_at_its_step_though_training_goes_on(
     tmp_path: Path, trainable: Trainable
 ) -> None:
-    t, step = trainable, trainable.step()
+    t, step = trainable, trainable.step
     checkpoints = Checkpointer(tmp_path, CheckpointConfig())
-    leaves = jax.tree.leaves(t.init())
+    leaves = jax.tree.leaves(t.fresh())
     structure = jax.tree.structure(t.abstract)
     for i in range(3):
         leaves, _ = step(leaves, t.batch(i), t.requests())
@@ -73,9 +73,9 @@ def test_a_save_is_the_state_at_its_step_though_training_goes_on(
 @pytest.mark.parametrize(("batch", "model"), [(2, 2), (1, 4)])
 def test_it_comes_back_on_another_mesh(tmp_path: Path, trainable: Trainable, batch: int, model: int) -> None:
     saved(epath.Path(tmp_path), trainable, [1]).close()
-    other = Trainable(config_of("train.ema_decay=0.9", f"mesh.batch={batch}", f"mesh.model={model}"))
+    other = shared("train.ema_decay=0.9", f"mesh.batch={batch}", f"mesh.model={model}")
     restored, _ = Checkpointer(tmp_path, CheckpointConfig()).restore(1, other.abstract)
-    assert equal_states(restored, trainable.init())
+    assert equal_states(restored, trainable.fresh())
     wanted = [leaf.sharding for leaf in jax.tree.leaves(other.abstract)]
     assert [leaf.sharding for leaf in jax.tree.leaves(restored)] == wanted
 
@@ -84,7 +84,7 @@ def test_the_last_and_the_best_are_kept(place: epath.Path, trainable: Trainable)
     checkpoints = saved(place, trainable, [1], keep_last=2, keep_best=1)
     checkpoints.record_score(1, 0.9)
     for step in (2, 3, 4, 5):
-        checkpoints.save(step, trainable.init(), POSITION)
+        checkpoints.save(step, trainable.fresh(), POSITION)
         checkpoints.record_score(step, 0.1 * step)
     checkpoints.close()
     assert folders(place) == ["1", "4", "5"]
@@ -99,7 +99,7 @@ def test_scores_outlive_the_process_and_a_low_loss_is_a_good_score(
     checkpoints.close()
     again = opened(place, keep_last=1, keep_best=1, metric="eval/loss")
     for step in (2, 3):
-        again.save(step, trainable.init(), POSITION)
+        again.save(step, trainable.fresh(), POSITION)
         again.record_score(step, 0.3)
     again.close()
     assert folders(place) == ["1", "3"]
@@ -158,7 +158,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert "checkpoint 2 is damaged" in caplog.text
     assert folders(place) == ["1", "2.damaged"]
     checkpoints.restore(1, trainable.abstract)
-    checkpoints.save(2, trainable.init(), POSITION)  # its place is free again
+    checkpoints.save(2, trainable.fresh(), POSITION)  # its place is free again
     checkpoints.close()
     assert opened(place).latest_step == 2
     assert folders(place) == ["1", "2", "2.damaged"]
@@ -176,7 +176,7 @@ def test_a_save_cut_short_is_no_checkpoint_and_is_cleared_with_nothing_else(
     checkpoints = opened(place)
     assert checkpoints.latest_step == 1
     assert folders(place) == ["0.damaged", "1", "imagenet"]
-    checkpoints.save(2, trainable.init(), POSITION)
+    checkpoints.save(2, trainable.fresh(), POSITION)
     checkpoints.close()
     assert checkpoint_files.steps(str(place)) == [1, 2]
 
@@ -184,7 +184,7 @@ def test_a_save_cut_short_is_no_checkpoint_and_is_cleared_with_nothing_else(
 def test_training_goes_on_while_a_bucket_takes_its_time(gcs: Server, trainable: Trainable) -> None:
     place = f"gs://{BUCKET}/slow"
     checkpoints = saved(epath.Path(place), trainable, [1])
-    state = trainable.init()
+    state = trainable.fresh()
     gcs.faults = [Fault("slow", "slow/2/state/*", operation="upload", seconds=60)]
     begun = time.monotonic()
     checkpoints.save(2, state, POSITION)

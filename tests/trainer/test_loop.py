@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.errors import UserError
 from configs.schema import CheckpointConfig
-from tests.trainer.small import Recorder, Trainable, config_of, equal_states, run
+from tests.trainer.small import Recorder, equal_states, run, shared
 from trainer.checkpoint import Checkpointer
 from trainer.loop import NonFiniteLossError
 from trainer.state import TrainState
@@ -18,7 +18,7 @@ from trainer.state import TrainState
 def state_of(directory: Path, step: int, *overrides: str) -> TrainState:
     """What the checkpoint of `step` holds."""
     checkpoints = Checkpointer(directory / "checkpoints", CheckpointConfig())
-    return checkpoints.restore(step, Trainable(config_of(*overrides)).abstract)[0]
+    return checkpoints.restore(step, shared(*overrides).abstract)[0]
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.trainer.small import Trainable, config_of
+from tests.trainer.small import shared
 from trainer.mesh import make_mesh, weight_sharding
 
 GLOBAL = ("model.batch_norm=global", "schedule.name=constant", "optimizer.learning_rate=0.05")
@@ -29,8 +29,8 @@ def test_output_channels_lie_over_the_model_axis(shape: tuple[int, ...], spec: P
 
 
 def losses(batch: int, model: int) -> list[float]:
-    t = Trainable(config_of(f"mesh.batch={batch}", f"mesh.model={model}", *GLOBAL))
-    step, leaves = t.step(), jax.tree.leaves(t.init())
+    t = shared(f"mesh.batch={batch}", f"mesh.model={model}", *GLOBAL)
+    step, leaves = t.step, jax.tree.leaves(t.fresh())
     found = []
     for i in range(10):
         leaves, metrics = step(leaves, t.batch(i), t.requests())
@@ -46,7 +46,7 @@ def test_4x1_2x2_and_1x4_give_the_same_losses_over_10_steps() -> None:
 
 
 def test_weights_and_optimizer_state_are_created_in_shards() -> None:
-    t = Trainable(config_of("mesh.batch=1", "mesh.model=4"))
+    t = shared("mesh.batch=1", "mesh.model=4")
     state = t.init()
     kernel = state.params["stages.0.0.convs.0.kernel"]
     assert {s.data.shape for s in kernel.addressable_shards} == {(3, 3, 4, 1)}
@@ -57,7 +57,7 @@ def test_weights_and_optimizer_state_are_created_in_shards() -> None:
 
 
 def test_no_program_that_creates_the_state_holds_all_of_it_on_one_device() -> None:
-    t = Trainable(config_of("mesh.batch=1", "mesh.model=4", "model.width=16"))
+    t = shared("mesh.batch=1", "mesh.model=4", "model.width=16")
     shardings = jax.tree.map(lambda leaf: leaf.sharding, t.abstract)
     from trainer.state import _build_state
 
