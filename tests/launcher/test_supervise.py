@@ -468,6 +468,7 @@ def test_run_that_is_stopped_before_it_could_begin_begins_nothing(supervised):
     supervised.run.request_stop()
     result = supervised(begin=False)
     assert (result["status"], supervised.backend.attempts) == ("stopped", 0)
+    assert (result["step"], result["wall_seconds"]) == (0, 0)
 
 
 TAKEN = [Exit(1, 1, "t1", PREEMPTED, "node x-0 is PREEMPTED")]

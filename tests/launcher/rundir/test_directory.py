@@ -200,6 +200,12 @@ def test_only_whole_checkpoints_count(run):
     assert run.checkpoint_steps() == [9, 100]
 
 
+def test_checkpoints_in_the_run_directory_are_claimed_by_nothing_else(run):
+    before = sorted(run.path.rglob("*"))
+    run.claim_checkpoints(run.plan())
+    assert sorted(run.path.rglob("*")) == before
+
+
 def test_runs_are_those_with_a_plan_the_last_used_first(planned, tmp_path):
     root = tmp_path / "runs"
     assert list_runs(root) == []
