@@ -16,7 +16,6 @@ import pytest
 from launcher.agent import identity
 from tests import gcs, tpu_api
 from tests.clusters import tpu as testbed
-from tests.clusters.network import HERE
 from tests.clusters.runs import Command, Run
 from tests.clusters.tpu import Slice
 from tests.gcs import BUCKET
@@ -37,7 +36,7 @@ CLUSTERS = """\
 class Cloud:
     def __init__(self, vms: Slice, cache: Path):
         self.vms, self._cache = vms, cache
-        self.storage = Storage(host=HERE)
+        self.storage = Storage(host=vms.here)
         machines = [self._machine(k) for k in range(len(vms.machines))]
         self._numbers = {m.internal_address: k for k, m in enumerate(vms.machines)}
         self.api = tpu_api.Server(machines, started=self._started, changed=self._let_in, ended=self._ended)
