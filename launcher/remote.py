@@ -305,7 +305,8 @@ class RemoteGang:
 
     def _module(self, folder: str, python: str, module: str, *arguments: str) -> tuple[str, ...]:
         """The command line of a module of the code on a host."""
-        settings = {"PYTHONPATH": f"{folder}/code"} | self._cluster.environment
+        settings = dict(self._cluster.environment)
+        settings["PYTHONPATH"] = ":".join(filter(None, [f"{folder}/code", settings.get("PYTHONPATH")]))
         variables = [f"{name}={value}" for name, value in settings.items()]
         return ("env", *variables, python, "-P", "-m", f"launcher.{module}", *arguments)
 
