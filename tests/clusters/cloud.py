@@ -6,7 +6,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 
 from launcher.agent import identity
 from tests import gcs, tpu_api
-from tests.clusters import tpu as testbed
 from tests.clusters.runs import Command, Run
 from tests.clusters.tpu import Slice
 from tests.gcs import BUCKET
@@ -99,8 +98,10 @@ class Cloud:
             name: value for name, value in values.items() if "GCE" not in name or name.startswith("GCSFS")
         }
 
-    def write_clusters(self, home: Path, *accelerators: str, **settings: Any) -> None:
-        """Entries of the laptop's own clusters.yaml, with what stands for TPU chips here."""
+    def write_clusters(
+        self, home: Path, *accelerators: str, environment: Mapping[str, str], **settings: Any
+    ) -> None:
+        """Entries of the laptop's own clusters.yaml, with what stands for TPU chips here; `environment`: of workers."""
         file = home / ".config" / "podlaunch" / "clusters.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         more = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in settings.items())
@@ -115,6 +116,7 @@ class Cloud:
                             **self.environment_there(),
                             "JAX_COMPILATION_CACHE_DIR": str(self._cache),
                             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+                            **environment,
                         }
                     ),
                 )
@@ -158,11 +160,16 @@ class Cloud:
 class CloudRun(Run):
     """A run whose directory is on gs://."""
 
-    def __init__(self, cloud: Cloud, folder: Path, recipe: Path, like: "CloudRun | None" = None):
+    def __init__(
+        self, cloud: Cloud, folder: Path, recipe: Path, *, stub: bool, like: "CloudRun | None" = None,
+        **settings: Any,
+    ):  # fmt: skip
         home = folder / "home"
         home.mkdir()
-        super().__init__(folder, recipe, cloud.environment(home))
+        super().__init__(folder, recipe, cloud.environment(home), stub=stub)
         self.cloud = cloud
+        self._stub = self.stub_environment() if stub else {}
+        cloud.write_clusters(home, "v4-8", "v4-16", "v4-32", environment=self._stub, **settings)
         self.root_place = like.root_place if like else f"gs://{BUCKET}/{folder.name}"
         self.name = recipe.stem
         self.place = f"{self.root_place}/{self.name}"
@@ -185,7 +192,7 @@ class CloudRun(Run):
         """Type a `launch` command on a VM."""
         values = {
             **self.cloud.environment_there(), "JAX_PLATFORMS": "cpu",
-            "HOME": str(self.cloud.vms.home_there(k)), **environment,
+            "HOME": str(self.cloud.vms.home_there(k)), **self._stub, **environment,
         }  # fmt: skip
         command = Command(
             list(arguments), os.environ | values, self.folder / f"vm-{k}.txt", self.cloud.vms.inside(k)
@@ -259,10 +266,9 @@ class CloudRun(Run):
 
 
 @contextmanager
-def raised(cache: Path) -> Iterator[Cloud]:
-    with testbed.raised() as vms:
-        cloud = Cloud(vms, cache)
-        try:
-            yield cloud
-        finally:
-            cloud.close()
+def raised(vms: Slice, cache: Path) -> Iterator[Cloud]:
+    cloud = Cloud(vms, cache)
+    try:
+        yield cloud
+    finally:
+        cloud.close()

@@ -13,9 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 LONG_SECONDS = 240
 LAUNCH = [sys.executable, "-m", "launcher.cli"]
+# Of tests that compare with the fixture `trained`: it is made once.
+TRAINED = pytest.mark.xdist_group("trained")
 STUB = Path(__file__).parents[1] / "stub"
 CLUSTER = "local-2"
 BATCH, STEPS, SAVE_EVERY = 64, 40, 8
@@ -215,6 +218,10 @@ class Run:
                 found[int(number.partition(b"=")[2])] = int(process.name)
         return found
 
+    def are_gone(self, gang: dict[int, int]) -> bool:
+        """Whether no worker of `gang` lives; others may."""
+        return not set(gang.values()) & set(self.workers().values())
+
     # What is waited for, and done
 
     def wait_until(
@@ -247,9 +254,19 @@ class Run:
 
     def kill_workers(self, *processes: int) -> None:
         """SIGKILL, as the kernel does when memory runs out."""
+        self._signal(signal.SIGKILL, processes)
+
+    def _signal(self, number: int, processes: tuple[int, ...]) -> None:
         pids = self.workers()
         for process in processes:
-            os.kill(pids[process], signal.SIGKILL)
+            os.kill(pids[process], number)
+
+    def freeze(self, *processes: int) -> None:
+        """Workers stop where they are, and do not leave by themselves when others end."""
+        self._signal(signal.SIGSTOP, processes)
+
+    def thaw(self, *processes: int) -> None:
+        self._signal(signal.SIGCONT, processes)
 
     def kill_with_launcher(self, launched: Command) -> None:
         """SIGKILL to the launcher and to all workers, of which some may be quicker to leave by themselves."""

@@ -16,12 +16,12 @@ from tests.clusters.runs import Run
 from tests.gcs import BUCKET, Fault, Server, environment
 from tests.trainer import datasets
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("stream")]
 
 NUM_TRAIN, NUM_EVAL, CLASSES, BATCH, STEPS, SAVE_EVERY = 160, 44, 10, 32, 40, 8
 # A constant rate, and groups of batch norm that fit on a device of any of the clusters.
 RECIPE = f"""
-model: {{name: resnet18, num_classes: {CLASSES}, stem: small, width: 8, dtype: float32, batch_norm: 8}}
+model: {{name: resnet4, num_classes: {CLASSES}, stem: small, width: 8, dtype: float32, batch_norm: 8}}
 data:
   source: records
   train: {{path: DATA/train, num_examples: {NUM_TRAIN}}}
@@ -59,7 +59,7 @@ def server(data: Path) -> Iterator[Server]:
 
 
 def make(make_run: Callable[..., Run], data: str, variables: dict[str, str] | None = None) -> Run:
-    run = make_run(environment=os.environ | (variables or {}))
+    run = make_run(environment=os.environ | (variables or {}), stub=False)
     run.recipe.write_text(RECIPE.replace("DATA", data))
     return run
 

@@ -29,7 +29,7 @@ FIRST = 21
 """Last part of the first one's address."""
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "ip", "nsenter", "unshare")
 REPOSITORY = Path(__file__).parents[2]
-READY_SECONDS = 20
+READY_SECONDS = 60
 
 SSHD = """\
 ListenAddress {address}
@@ -112,7 +112,9 @@ class Slice:
             self._booted.append(self._boot(k))
         for k, booted in enumerate(self._booted):
             assert booted.stdout is not None
-            assert booted.stdout.readline(), f"{self.hosts[k].name} has not booted: see {self._of(k)}/boot.log"
+            assert booted.stdout.readline(), (
+                f"{self.hosts[k].name} has not booted: see {self._of(k)}/boot.log"
+            )
             self.start_sshd(k)
 
     def end(self) -> None:
@@ -179,7 +181,9 @@ class Slice:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(lambda: _answers(self.hosts[k].address), f"sshd: see {self._of(k)}/sshd.log", READY_SECONDS)
+        wait_until(
+            lambda: _answers(self.hosts[k].address), f"sshd: see {self._of(k)}/sshd.log", READY_SECONDS
+        )
 
     def stop_sshd(self, k: int) -> None:
         """No new connections; those that are there stay."""

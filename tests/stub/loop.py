@@ -21,7 +21,7 @@ import jax
 from configs import checkpoints, google
 from configs.schema import RunConfig, num_examples
 
-STEP_SECONDS = float(os.environ.get("STUB_STEP_SECONDS", "0.005"))
+STEP_SECONDS = float(os.environ.get("STUB_STEP_SECONDS", "0.02"))
 GATE = os.environ.get("STUB_GATE")
 GATE_SECONDS = 0.02
 
@@ -52,6 +52,7 @@ class _Training:
         self.metrics: dict[str, float] = {}
         num_train, self.num_eval = num_examples(config.data)
         self.steps_per_epoch = num_train / config.train.batch_size
+        print(f"process {jax.process_index()} begins", flush=True)
         report(phase="opening data")
         with self.span("open_data"):
             pass
@@ -142,7 +143,11 @@ class _Training:
     def _evaluate(self) -> None:
         self.report(phase="evaluating", step=self.step)
         with self.span("evaluation"):
-            self.metrics |= {"eval/accuracy": _fraction(self.state), "eval/loss": 1.0, "eval/count": self.num_eval}
+            self.metrics |= {
+                "eval/accuracy": _fraction(self.state),
+                "eval/loss": 1.0,
+                "eval/count": self.num_eval,
+            }
         self.report(**self.metrics, phase="training")
 
     def _log(self, stopping: bool) -> None:
