@@ -10,7 +10,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -144,9 +144,9 @@ class Slurm:
 
     # Use
 
-    def run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True, environment: Mapping[str, str] = os.environ) -> str:
         """What a command prints on the login node."""
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.environment)
+        done = subprocess.run(command, capture_output=True, text=True, env={**environment, **self.environment})
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

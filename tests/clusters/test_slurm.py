@@ -97,6 +97,7 @@ def test_batch_script_by_hand_is_the_same_run(slurm, run, uninterrupted):
         "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", f"--output={run.folder}/hand.log",
         f"--export=ALL,PATH={Path(sys.executable).parent}:{os.environ['PATH']}",
         str(REPOSITORY / "deploy" / "slurm" / "train.sbatch"), *run.arguments(cluster=None),
+        environment=run.environment,
     ).strip()  # fmt: skip
     wait_until((run.path / "hosts" / "0.json").exists, "it begins")
     assert f"completed   step {STEPS}" in text_of(run.command("attach"))
@@ -108,8 +109,9 @@ def test_batch_script_by_hand_is_the_same_run(slurm, run, uninterrupted):
 def test_worker_in_a_script_of_ones_own_joins_by_itself(slurm, run):
     launch = [*LAUNCH, "worker", *run.arguments("train.steps=4", cluster=None)]
     srun = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", *launch]
-    slurm.run(*srun)
-    assert "run tiny is complete" in slurm.run(*srun)  # and the other task does not wait for what is done
+    slurm.run(*srun, environment=run.environment)
+    again = slurm.run(*srun, environment=run.environment)
+    assert "run tiny is complete" in again  # and the other task does not wait for what is done
     (attempt,) = run.attempts()
     assert (attempt["verdict"], attempt["hosts"]) == ("completed", ["n1", "n2"])
     assert run.result()["step"] == 4
@@ -351,7 +353,7 @@ def test_run_directory_that_a_node_does_not_see_is_told_with_its_name(slurm, run
     output = run.folder / "output.txt"
     slurm.run(
         "sbatch", "--wait", "--nodes=2", "--nodelist=n1,n2", f"--output={output}", "--wrap",
-        subprocess.list2cmdline(script), check=False,
+        subprocess.list2cmdline(script), check=False, environment=run.environment,
     )  # fmt: skip
     text = output.read_text()
     assert "process 1 on n2 failed (exit code 2)" in text
