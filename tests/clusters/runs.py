@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -13,18 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 LONG_SECONDS = 240
 LAUNCH = [sys.executable, "-m", "launcher.cli"]
-# Of tests that compare with the fixture `trained`: it is made once.
-TRAINED = pytest.mark.xdist_group("trained")
 STUB = Path(__file__).parents[1] / "stub"
 CLUSTER = "local-2"
 BATCH, STEPS, SAVE_EVERY = 64, 40, 8
 # A constant rate: then runs of every length share one compiled step.
 TINY = f"""
-model: {{name: resnet4, num_classes: 10, stem: small, width: 8, dtype: float32, batch_norm: 16}}
+model: {{name: resnet4, num_classes: 10, stem: small, width: 32, dtype: float32, batch_norm: 16}}
 data: {{source: digits, image_size: 8}}
 augment: {{flip: false}}
 train: {{batch_size: {BATCH}, steps: {STEPS}, eval_every_epochs: null}}
@@ -275,6 +273,15 @@ class Run:
         for pid in pids.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def assert_saved(self, text: str, verdict: str) -> None:
+        """It was stopped before its end, lost nothing, and has told in `text` how to resume it."""
+        attempt, result = self.attempts()[-1], self.result()
+        assert (attempt["verdict"], attempt["failure"], attempt["steps_lost"]) == (verdict, None, 0)
+        assert result["status"] == verdict
+        assert 0 < result["step"] == attempt["kept_step"] == self.checkpoint_steps()[-1] < STEPS
+        assert re.search(rf"^resume +launch {self.recipe} --root {self.root} ", text, re.MULTILINE)
+        assert self.workers() == {}
 
     def assert_same_bits(self, other: "Run", step: int = STEPS) -> None:
         mine, others = self.arrays(step), other.arrays(step)

@@ -146,7 +146,9 @@ class Slurm:
 
     def run(self, *command: str, check: bool = True, environment: Mapping[str, str] = os.environ) -> str:
         """What a command prints on the login node."""
-        done = subprocess.run(command, capture_output=True, text=True, env={**environment, **self.environment})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**environment, **self.environment}
+        )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

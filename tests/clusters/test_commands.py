@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("commands")]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("quickstart")]
+pytestmark = pytest.mark.cluster
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 

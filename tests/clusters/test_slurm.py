@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clusters.runs import LAUNCH, SAVE_EVERY, STEPS, TRAINED, Command, Run, wait_until
+from tests.clusters.runs import LAUNCH, SAVE_EVERY, STEPS, Command, Run, wait_until
 from tests.clusters.slurm import NODES, Slurm
 
 pytestmark = pytest.mark.cluster
@@ -76,7 +76,6 @@ def test_quickstart_trains_on_four_nodes(slurm, make_run):
     assert run.result()["metrics"]["eval/count"] == 360
 
 
-@TRAINED
 def test_killed_it_goes_on_to_the_bits_of_an_uninterrupted_run(slurm, make_run, trained):
     run = make_run(environment=os.environ | slurm.environment, stub=False)
     launched = run.launch(cluster=PAIR)
