@@ -5,13 +5,14 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TESTBED = slurm-wlm munge openssh-server iproute2
 
-.PHONY: help quickstart test test-fast test-client testbed check format lock clean
+.PHONY: help quickstart test test-fast test-client test-clusters testbed check format lock clean
 
 help:
 	@echo "make quickstart   train a ResNet here and now, on two processes"
 	@echo "make test         checks, then all tests"
 	@echo "make test-fast    the tests that start no processes"
 	@echo "make test-client  of these, what a laptop needs, on macOS too"
+	@echo "make test-clusters  those that do: runs here, on SLURM and on TPU slices that they raise"
 	@echo "make testbed      install SLURM and sshd for the tests, where that is possible"
 	@echo "make check        ruff, mypy, the import rules"
 	@echo "make format       let ruff format the code"
@@ -33,11 +34,14 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check testbed test-fast
-	$(BIN)/pytest -m cluster
+test: check testbed test-fast test-clusters
 
 test-fast: $(READY)
-	$(BIN)/pytest -m "not cluster" --numprocesses 2
+	$(BIN)/pytest -m "not cluster" --numprocesses 2 --dist worksteal
+
+# They wait much, so more of them than there are cores; the tests of a file share what they have raised and trained.
+test-clusters: $(READY) testbed
+	$(BIN)/pytest -m cluster --numprocesses 3 --dist loadfile
 
 # What runs where the user types. Marked linux is what hosts run: it reads /proc.
 test-client: $(READY)

@@ -1,6 +1,7 @@
 """Four CPU devices in every test process, cache folders of the session's own, and a Cloud Storage to each test."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "XDG_CACHE_HOME": _CACHE.name,
     }
+
+# A background job of a script ignores SIGINT, and what it starts would, too. Handled, it is no less ignored here,
+# but not by the commands that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: None)
 
 
 @pytest.fixture

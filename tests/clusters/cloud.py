@@ -6,17 +6,15 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher.agent import identity
 
+from launcher.rundir import run_id
 from tests import gcs, tpu_api
-from tests.clusters import tpu as testbed
-from tests.clusters.network import HERE
 from tests.clusters.runs import Command, Run
 from tests.clusters.tpu import Slice
 from tests.gcs import BUCKET
@@ -37,7 +35,7 @@ CLUSTERS = """\
 class Cloud:
     def __init__(self, vms: Slice, cache: Path):
         self.vms, self._cache = vms, cache
-        self.storage = Storage(host=HERE)
+        self.storage = Storage(host=vms.here)
         machines = [self._machine(k) for k in range(len(vms.machines))]
         self._numbers = {m.internal_address: k for k, m in enumerate(vms.machines)}
         self.api = tpu_api.Server(machines, started=self._started, changed=self._let_in, ended=self._ended)
@@ -100,8 +98,10 @@ class Cloud:
             name: value for name, value in values.items() if "GCE" not in name or name.startswith("GCSFS")
         }
 
-    def write_clusters(self, home: Path, *accelerators: str, **settings: Any) -> None:
-        """Entries of the laptop's own clusters.yaml, with what stands for TPU chips here."""
+    def write_clusters(
+        self, home: Path, *accelerators: str, environment: Mapping[str, str], **settings: Any
+    ) -> None:
+        """Entries of the laptop's own clusters.yaml, with what stands for TPU chips here; `environment`: of workers."""
         file = home / ".config" / "podlaunch" / "clusters.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         more = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in settings.items())
@@ -116,6 +116,7 @@ class Cloud:
                             **self.environment_there(),
                             "JAX_COMPILATION_CACHE_DIR": str(self._cache),
                             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+                            **environment,
                         }
                     ),
                 )
@@ -159,11 +160,16 @@ class Cloud:
 class CloudRun(Run):
     """A run whose directory is on gs://."""
 
-    def __init__(self, cloud: Cloud, folder: Path, recipe: Path, like: "CloudRun | None" = None):
+    def __init__(
+        self, cloud: Cloud, folder: Path, recipe: Path, *, stub: bool, like: "CloudRun | None" = None,
+        **settings: Any,
+    ):  # fmt: skip
         home = folder / "home"
         home.mkdir()
-        super().__init__(folder, recipe, cloud.environment(home))
+        super().__init__(folder, recipe, cloud.environment(home), stub=stub)
         self.cloud = cloud
+        self._stub = self.stub_environment() if stub else {}
+        cloud.write_clusters(home, "v4-8", "v4-16", "v4-32", environment=self._stub, **settings)
         self.root_place = like.root_place if like else f"gs://{BUCKET}/{folder.name}"
         self.name = recipe.stem
         self.place = f"{self.root_place}/{self.name}"
@@ -171,7 +177,7 @@ class CloudRun(Run):
 
     def slice(self) -> str:
         """The name of what is created for it."""
-        return f"podlaunch-{self.name}-{identity(self.place)[:6]}"
+        return f"podlaunch-{self.name}-{run_id(self.place)[:6]}"
 
     def node(self) -> str:
         return next(name for name in self.cloud.api.nodes if name.endswith(self.slice()))
@@ -186,7 +192,7 @@ class CloudRun(Run):
         """Type a `launch` command on a VM."""
         values = {
             **self.cloud.environment_there(), "JAX_PLATFORMS": "cpu",
-            "HOME": str(self.cloud.vms.home_there(k)), **environment,
+            "HOME": str(self.cloud.vms.home_there(k)), **self._stub, **environment,
         }  # fmt: skip
         command = Command(
             list(arguments), os.environ | values, self.folder / f"vm-{k}.txt", self.cloud.vms.inside(k)
@@ -229,7 +235,7 @@ class CloudRun(Run):
     def wait_for_step(self, step: int, *, attempt: int = 1) -> None:
         def reached() -> bool:
             report = self.report()
-            begun = self._read(f"logs/attempt-{attempt}/where.json") is not None
+            begun = self._read(f"logs/attempt-{attempt}/attempt.json") is not None
             return begun and report.get("phase") == "training" and report.get("step", 0) >= step
 
         self.wait_until(reached, f"step {step} of attempt {attempt}")
@@ -254,16 +260,15 @@ class CloudRun(Run):
             except OSError:
                 continue
             values = dict(v.partition(b"=")[::2] for v in environment)
-            if identity(self.place).encode() in values.get(b"LAUNCH_RUN", b""):
+            if run_id(self.place).encode() in values.get(b"LAUNCH_RUN", b""):
                 found[int(values[b"LAUNCH_PROCESS"])] = int(process.name)
         return found
 
 
 @contextmanager
-def raised(cache: Path) -> Iterator[Cloud]:
-    with testbed.raised() as vms:
-        cloud = Cloud(vms, cache)
-        try:
-            yield cloud
-        finally:
-            cloud.close()
+def raised(vms: Slice, cache: Path) -> Iterator[Cloud]:
+    cloud = Cloud(vms, cache)
+    try:
+        yield cloud
+    finally:
+        cloud.close()

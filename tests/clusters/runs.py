@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from pathlib import Path
 import numpy as np
 
 LONG_SECONDS = 240
+LAUNCH = [sys.executable, "-m", "podlaunch"]
+STUB = Path(__file__).parents[1] / "stub"
 CLUSTER = "local-2"
 BATCH, STEPS, SAVE_EVERY = 64, 40, 8
 # A constant rate: then runs of every length share one compiled step.
 TINY = f"""
-model: {{name: resnet18, num_classes: 10, stem: small, width: 8, dtype: float32, batch_norm: 16}}
+model: {{name: resnet4, num_classes: 10, stem: small, width: 32, dtype: float32, batch_norm: 16}}
 data: {{source: digits, image_size: 8}}
 augment: {{flip: false}}
 train: {{batch_size: {BATCH}, steps: {STEPS}, eval_every_epochs: null}}
@@ -47,7 +50,7 @@ class Command:
         self._output = output
         with output.open("wb") as f:
             self.process = subprocess.Popen(
-                [*inside, sys.executable, "-m", "podlaunch", *arguments],
+                [*inside, *LAUNCH, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=f,
                 stderr=subprocess.STDOUT,
@@ -72,7 +75,7 @@ class TerminalCommand:
         self._keyboard, terminal = pty.openpty()
         self._received = b""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.LOGIN, sys.executable, "-m", "podlaunch", *arguments],
+            [sys.executable, "-c", self.LOGIN, *LAUNCH, *arguments],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
@@ -105,8 +108,11 @@ class TerminalCommand:
 class Run:
     """One run: the commands typed at it, and what they leave in its directory."""
 
-    def __init__(self, folder: Path, recipe: Path, environment: dict[str, str]):
-        self.folder, self.recipe, self.environment = folder, recipe, environment
+    def __init__(self, folder: Path, recipe: Path, environment: dict[str, str], *, stub: bool):
+        """`stub`: workers do without jax, see tests/stub."""
+        self.folder, self.recipe = folder, recipe
+        self._gate = folder / "gate"
+        self.environment = environment | (self.stub_environment() if stub else {})
         self.root = folder / "runs"
         self.path = self.root / recipe.stem
         self._commands: list[Command | TerminalCommand] = []
@@ -138,12 +144,24 @@ class Run:
         self._commands.append(command)
         return command
 
+    def stub_environment(self) -> dict[str, str]:
+        return {"PYTHONPATH": str(STUB), "STUB_GATE": str(self._gate)}
+
+    def hold_at(self, step: int) -> None:
+        """No stub goes on from `step` before it is let go, but to stop."""
+        new = self._gate.with_suffix(".new")
+        new.write_text(str(step))
+        new.replace(self._gate)
+
+    def let_go(self) -> None:
+        self._gate.unlink()
+
     def end(self) -> None:
         for command in self._commands:
             if command.process.poll() is None:
                 command.process.kill()
                 command.process.wait()
-        wait_until(lambda: not self.workers(), "the workers end with their launcher", 20)
+        wait_until(lambda: not self.workers(), "the workers end with their launcher")
 
     # What is there
 
@@ -170,10 +188,13 @@ class Run:
 
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Every array of a checkpoint, by name."""
+        folder = self.path / f"checkpoints/{step}/state"
+        chain = folder / "chain"
+        if chain.exists():  # the stub's
+            return {"chain": np.frombuffer(chain.read_bytes(), np.uint8)}
         import jax
         import orbax.checkpoint as ocp
 
-        folder = self.path / f"checkpoints/{step}/state"
         with ocp.PyTreeCheckpointer() as checkpointer:
             names = checkpointer.metadata(folder).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
@@ -194,6 +215,10 @@ class Run:
                 number = next(v for v in environment if v.startswith(b"LAUNCH_PROCESS="))
                 found[int(number.partition(b"=")[2])] = int(process.name)
         return found
+
+    def are_gone(self, gang: dict[int, int]) -> bool:
+        """Whether no worker of `gang` lives; others may."""
+        return not set(gang.values()) & set(self.workers().values())
 
     # What is waited for, and done
 
@@ -227,9 +252,19 @@ class Run:
 
     def kill_workers(self, *processes: int) -> None:
         """SIGKILL, as the kernel does when memory runs out."""
+        self._signal(signal.SIGKILL, processes)
+
+    def _signal(self, number: int, processes: tuple[int, ...]) -> None:
         pids = self.workers()
         for process in processes:
-            os.kill(pids[process], signal.SIGKILL)
+            os.kill(pids[process], number)
+
+    def freeze(self, *processes: int) -> None:
+        """Workers stop where they are, and do not leave by themselves when others end."""
+        self._signal(signal.SIGSTOP, processes)
+
+    def thaw(self, *processes: int) -> None:
+        self._signal(signal.SIGCONT, processes)
 
     def kill_with_launcher(self, launched: Command) -> None:
         """SIGKILL to the launcher and to all workers, of which some may be quicker to leave by themselves."""
@@ -238,6 +273,15 @@ class Run:
         for pid in pids.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def assert_saved(self, text: str, verdict: str) -> None:
+        """It was stopped before its end, lost nothing, and has told in `text` how to resume it."""
+        attempt, result = self.attempts()[-1], self.result()
+        assert (attempt["verdict"], attempt["failure"], attempt["steps_lost"]) == (verdict, None, 0)
+        assert result["status"] == verdict
+        assert 0 < result["step"] == attempt["kept_step"] == self.checkpoint_steps()[-1] < STEPS
+        assert re.search(rf"^resume +launch {self.recipe} --root {self.root} ", text, re.MULTILINE)
+        assert self.workers() == {}
 
     def assert_same_bits(self, other: "Run", step: int = STEPS) -> None:
         mine, others = self.arrays(step), other.arrays(step)

@@ -1,7 +1,7 @@
 """A real SLURM of four nodes on this machine: network namespaces, munge, slurmctld and a slurmd a node.
 
 Everything lives in one folder and in namespaces of its own; nothing of the machine's configuration is
-read or written. The nodes share this machine's files, but for /etc/hosts and one folder that stands for
+read or written, and another may stand beside it. This machine is the login node. The nodes share this machine's files, but for /etc/hosts and one folder that stands for
 each node's local disk. `python -m tests.clusters.slurm` raises it until Enter is pressed.
 """
 
@@ -10,21 +10,23 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.clusters import network
-from tests.clusters.network import HERE, Host
+from tests.clusters.network import Network
 
+CONTROLLER = "ctl"
 NODES = ("n1", "n2", "n3-ib", "rack1n4")  # as sites call them
-HOSTS = {node: Host(node, number) for number, node in enumerate(NODES, start=11)}
+FIRST = 10
+"""Last part of the address of the first host, which is the controller's."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
 READY_SECONDS = 60
 
 CONF = """\
 ClusterName=podlaunch
-SlurmctldHost=ctl({here})
+SlurmctldHost={controller}({address})
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=10
@@ -65,8 +67,9 @@ def missing() -> str | None:
 class Slurm:
     """The running cluster, as its login node sees it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, network: Network):
         self.folder = folder
+        self.hosts = {host.name: host for host in network.hosts}
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         self.local_disk = folder / "local-disk"
         """A folder that is another one on each node and on the login node."""
@@ -78,9 +81,9 @@ class Slurm:
         for name in ("state", "local-disk"):
             (self.folder / name).mkdir()
         self._munge()
-        network.make(HOSTS.values())
         self._write_configuration()
-        self._start("slurmctld", ["unshare", "--uts", "sh", "-c", "hostname ctl; exec slurmctld -D -c -i"])
+        script = f"hostname {CONTROLLER}; exec slurmctld -D -c -i"
+        self._start("slurmctld", CONTROLLER, ["unshare", "--uts", "sh", "-c", script])
         for node in NODES:
             self.start_node(node)
         self.wait_until_idle()
@@ -89,7 +92,6 @@ class Slurm:
         for daemon in reversed(self._daemons.values()):
             daemon.kill()
             daemon.wait()
-        network.remove(HOSTS.values())
 
     def _munge(self) -> None:
         key = self.folder / "munge.key"
@@ -97,7 +99,7 @@ class Slurm:
         key.chmod(0o600)
         self.folder.chmod(0o755)  # munge wants its socket to be within everybody's reach
         self._start(
-            "munged",
+            "munged", CONTROLLER,
             ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.socket",
              f"--pid-file={self.folder}/munged.pid", f"--log-file={self.folder}/munged.log",
              f"--seed-file={self.folder}/munge.seed"],
@@ -105,10 +107,11 @@ class Slurm:
 
     def _write_configuration(self) -> None:
         nodes = "\n".join(
-            f"NodeName={host.name} NodeAddr={host.address} CPUs=2 RealMemory=4000 Gres=gpu:2"
-            for host in HOSTS.values()
+            f"NodeName={node} NodeAddr={self.hosts[node].address} CPUs=2 RealMemory=4000 Gres=gpu:2"
+            for node in NODES
         )
-        conf = CONF.format(here=HERE, folder=self.folder, nodes=nodes)
+        address = self.hosts[CONTROLLER].address
+        conf = CONF.format(controller=CONTROLLER, address=address, folder=self.folder, nodes=nodes)
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "gres.conf").write_text(
             f"NodeName={','.join(NODES)} Name=gpu File={self.folder}/gpu[0-1]\n"
@@ -116,25 +119,22 @@ class Slurm:
         for gpu in range(2):  # device files are all that SLURM looks at
             os.mknod(self.folder / f"gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        hosts = [f"{host.address} {host.name}" for host in HOSTS.values()]
-        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{HERE} ctl", *hosts, ""]))
+        hosts = [f"{host.address} {host.name}" for host in self.hosts.values()]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
 
     def start_node(self, node: str) -> None:
-        # Not `ip netns exec`: it mounts /sys anew, and slurmd then finds no cgroups.
         script = (
             'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount -t tmpfs local "$2/local-disk"; '
             'exec slurmd -D -N "$1" -f "$2/slurm.conf"'
         )
         self._start(
-            node,
-            ["nsenter", f"--net=/run/netns/{HOSTS[node].namespace}", "unshare", "--uts", "--mount",
-             "sh", "-c", script, "sh", node, str(self.folder)],
-        )  # fmt: skip
+            node, node, ["unshare", "--uts", "--mount", "sh", "-c", script, "sh", node, str(self.folder)]
+        )
 
-    def _start(self, name: str, command: list[str]) -> None:
+    def _start(self, name: str, host: str, command: list[str]) -> None:
         with (self.folder / f"{name}.output").open("ab") as output:
             self._daemons[name] = subprocess.Popen(
-                command,
+                self.hosts[host].inside(*command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -144,9 +144,11 @@ class Slurm:
 
     # Use
 
-    def run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True, environment: Mapping[str, str] = os.environ) -> str:
         """What a command prints on the login node."""
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**environment, **self.environment}
+        )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -164,10 +166,10 @@ class Slurm:
 
     def cut_off(self, node: str) -> None:
         """Take the node off the network; what runs there runs on."""
-        HOSTS[node].cut_off()
+        self.hosts[node].cut_off()
 
     def reconnect(self, node: str) -> None:
-        HOSTS[node].reconnect()
+        self.hosts[node].reconnect()
 
     def on_node(self, node: str, *command: str) -> str:
         """Run a command on a node, in its namespaces."""
@@ -177,8 +179,11 @@ class Slurm:
 
 @contextmanager
 def raised() -> Iterator[Slurm]:
-    with tempfile.TemporaryDirectory(prefix="podlaunch-slurm-", ignore_cleanup_errors=True) as folder:
-        slurm = Slurm(Path(folder))
+    with (
+        tempfile.TemporaryDirectory(prefix="podlaunch-slurm-", ignore_cleanup_errors=True) as folder,
+        network.raised((CONTROLLER, *NODES), first=FIRST) as hosts,
+    ):
+        slurm = Slurm(Path(folder), hosts)
         try:
             slurm.raise_()
             yield slurm

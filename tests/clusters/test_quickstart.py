@@ -15,7 +15,8 @@ RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 @pytest.fixture(scope="module")
 def quickstart(make_run):
     ours = ("JAX_", "XLA_")  # what tests/conftest.py sets to make the other tests fast
-    run = make_run(RECIPE, {k: v for k, v in os.environ.items() if not k.startswith(ours)})
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    run = make_run(RECIPE, environment, stub=False)
     launched = run.launch(cluster=None)
     assert launched.wait(600) == 0, launched.text
     return run, launched.text

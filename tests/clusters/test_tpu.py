@@ -1,6 +1,8 @@
-"""Runs on Cloud TPU, from a laptop to a slice and back; see cloud.py for what stands for Google's part."""
+"""Runs on Cloud TPU, from a laptop to a slice and back; see cloud.py for what stands for Google's part.
 
-import os
+The first two train; in the others the stub does.
+"""
+
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +13,9 @@ import pytest
 
 import configs
 from tests.clusters import cloud as testbed
-from tests.clusters import network, tpu
 from tests.clusters.cloud import Cloud, CloudRun
-from tests.clusters.runs import SAVE_EVERY, TINY, wait_until
+from tests.clusters.runs import SAVE_EVERY, TINY, Run, wait_until
+from tests.clusters.tpu import Slice
 
 pytestmark = pytest.mark.cluster
 
@@ -25,24 +27,21 @@ Make = Callable[..., CloudRun]
 
 
 @pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    network.skip_without(tpu.missing(), "TPU")
-    with testbed.raised(tmp_path_factory.mktemp("compiled")) as cloud:
+def cloud(raised_vms: Slice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    with testbed.raised(raised_vms, tmp_path_factory.mktemp("compiled")) as cloud:
         yield cloud
 
 
 @pytest.fixture(scope="module")
-def make_run(cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+def make_cloud_run(cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     made: list[CloudRun] = []
 
-    def make(recipe: Path | None = None, like: CloudRun | None = None, **settings: Any) -> CloudRun:
-        """`like`: the same run, from another laptop."""
+    def make(recipe: Path | None = None, *, stub: bool = True, **settings: Any) -> CloudRun:
         folder = tmp_path_factory.mktemp("run")
         if recipe is None:
             recipe = folder / "tiny.yaml"
             recipe.write_text(TINY)
-        made.append(CloudRun(cloud, folder, recipe, like))
-        cloud.write_clusters(folder / "home", "v4-8", "v4-16", "v4-32", **settings)
+        made.append(CloudRun(cloud, folder, recipe, stub=stub, **settings))
         return made[-1]
 
     yield make
@@ -51,9 +50,19 @@ def make_run(cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture
-def run(make_run: Make, cloud: Cloud) -> Iterator[CloudRun]:
-    """A run of the tiny recipe, about to be launched. All that it asked of the API was well-formed."""
-    run = make_run()
+def run(make_cloud_run: Make, cloud: Cloud) -> Iterator[CloudRun]:
+    """A run of the tiny recipe by the stub, about to be launched."""
+    yield from _ended(make_cloud_run(), cloud)
+
+
+@pytest.fixture
+def training(make_cloud_run: Make, cloud: Cloud) -> Iterator[CloudRun]:
+    """One that trains."""
+    yield from _ended(make_cloud_run(stub=False), cloud)
+
+
+def _ended(run: CloudRun, cloud: Cloud) -> Iterator[CloudRun]:
+    """With its test. All that it asked of the API was well-formed."""
     yield run
     run.end()
     cloud.clear()
@@ -61,17 +70,25 @@ def run(make_run: Make, cloud: Cloud) -> Iterator[CloudRun]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(make_run: Make) -> CloudRun:
-    """The run from beginning to end in one attempt."""
-    run = make_run()
-    launched = run.launch(SHORT)
+def undisturbed(make_run: Callable[..., Run]) -> Run:
+    """The run of the stub from beginning to end in one attempt, here."""
+    return _undisturbed(make_run(), "local-2")
+
+
+@pytest.fixture(scope="module")
+def trained(make_run: Callable[..., Run]) -> Run:
+    """The run that trains, in one attempt on as many processes and devices, here."""
+    return _undisturbed(make_run(stub=False), "local-2x4")
+
+
+def _undisturbed(run: Run, cluster: str) -> Run:
+    launched = run.launch(SHORT, cluster=cluster)
     assert launched.wait() == 0, launched.text
-    run.download()
     return run
 
 
-def test_quickstart_on_four_vms_from_creation_to_deletion(make_run: Make, cloud: Cloud) -> None:
-    run = make_run(QUICKSTART)
+def test_quickstart_on_four_vms_from_creation_to_deletion(make_cloud_run: Make, cloud: Cloud) -> None:
+    run = make_cloud_run(QUICKSTART, stub=False)
     launched = run.launch("train.steps=6", "schedule.warmup_epochs=0", cluster="tpu-v4-32")
     assert launched.wait() == 0, launched.text
     assert "16 chips, 16 chip-hours ($51.52) an hour" in launched.text
@@ -87,43 +104,51 @@ def test_quickstart_on_four_vms_from_creation_to_deletion(make_run: Make, cloud:
 
 
 def test_a_preempted_slice_is_created_anew_and_the_run_ends_with_the_same_bits(
-    run: CloudRun, cloud: Cloud, undisturbed: CloudRun
+    training: CloudRun, cloud: Cloud, trained: Run
 ) -> None:
+    run = training
     launched = run.launch(SHORT)
-    run.wait_for_step(SAVE_EVERY + 2)
+    run.wait_until(run.checkpoint_steps, "a checkpoint")
+    run.freeze(0, 1)
+    run.wait_for_step(1)  # it is told of some seconds later
+    kept = run.checkpoint_steps()[-1]
     cloud.api.preempt(run.node())
     assert launched.wait() == 0, launched.text
     first, second = run.attempts()
     assert (first["verdict"], first["failure"]["cause"]) == ("preempted", "preempted")
-    assert (first["kept_step"], second["from_step"]) == (SAVE_EVERY, SAVE_EVERY)
-    assert first["steps_lost"] >= 2
+    assert SAVE_EVERY <= kept == first["kept_step"] == second["from_step"] < STEPS
     run.download()
-    run.assert_same_bits(undisturbed, STEPS)
+    run.assert_same_bits(trained, STEPS)
     assert cloud.nothing_is_left
 
 
 def test_a_notice_of_maintenance_saves_first(run: CloudRun, cloud: Cloud) -> None:
+    run.hold_at(3)
     launched = run.launch(SHORT, "checkpoint.every_steps=1000")
     run.wait_for_step(3)
     (_, other) = run.machines()
     cloud.vms.set_metadata(other, "instance/maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
     run.wait_until(lambda: run.attempts(), "the first attempt ends")
     cloud.vms.set_metadata(other, "instance/maintenance-event", "NONE")
+    run.let_go()
     assert launched.wait() == 0, launched.text
     first, second = run.attempts()
     assert (first["verdict"], first["failure"], first["steps_lost"]) == ("preempted", None, 0)
-    assert second["from_step"] == first["reached_step"] >= 3
+    assert second["from_step"] == first["reached_step"] == 4
 
 
 def test_a_killed_worker_is_the_cause_and_its_hosts_are_used_again(
-    run: CloudRun, cloud: Cloud, undisturbed: CloudRun
+    run: CloudRun, cloud: Cloud, undisturbed: Run
 ) -> None:
     before = cloud.creations()
+    run.hold_at(SAVE_EVERY + 2)
     launched = run.launch(SHORT)
     run.wait_for_step(SAVE_EVERY + 2)
-    os.kill(run.workers()[1], signal.SIGKILL)
+    run.kill_workers(1)
+    run.let_go()
     assert launched.wait() == 0, launched.text
-    first, _ = run.attempts()
+    first, second = run.attempts()
+    assert (first["kept_step"], first["steps_lost"], second["from_step"]) == (SAVE_EVERY, 2, SAVE_EVERY)
     host = first["hosts"][1]
     assert (first["failure"]["process"], first["failure"]["host"]) == (1, host)
     assert first["failure"]["cause"] == "SIGKILL"
@@ -134,14 +159,17 @@ def test_a_killed_worker_is_the_cause_and_its_hosts_are_used_again(
 
 
 def test_a_killed_launcher_leaves_a_run_that_another_laptop_goes_on_with(
-    run: CloudRun, make_run: Make, cloud: Cloud, undisturbed: CloudRun
+    run: CloudRun, make_cloud_run: Make, cloud: Cloud, undisturbed: Run
 ) -> None:
+    run.hold_at(2)
     launched = run.launch(SHORT)
     run.wait_for_step(2)
     launched.process.kill()
     launched.process.wait()
-    other = make_run(like=run)
+    other = make_cloud_run(like=run)
     attached = other.command("attach", run.name)
+    other.wait_until(lambda: "step 2/" in attached.text, "it is followed")
+    run.let_go()
     assert attached.wait() == 0, attached.text
     (attempt,) = run.attempts()
     assert (attempt["verdict"], attempt["from_step"], attempt["reached_step"]) == ("completed", 0, STEPS)
@@ -151,6 +179,7 @@ def test_a_killed_launcher_leaves_a_run_that_another_laptop_goes_on_with(
 
 
 def test_a_closed_laptop_leaves_it_running_to_its_end(run: CloudRun, cloud: Cloud) -> None:
+    run.hold_at(2)
     launched = run.launch(SHORT, cluster=ONE_VM)
     run.wait_for_step(2)
     launched.process.send_signal(signal.SIGHUP)
@@ -159,6 +188,7 @@ def test_a_closed_laptop_leaves_it_running_to_its_end(run: CloudRun, cloud: Clou
     status = run.command("status")
     assert status.wait() == 0
     assert "no launcher looks after it" in status.text
+    run.let_go()
     wait_until(lambda: run.report().get("phase") == "completed", "the workers train without a launcher")
     attached = run.command("attach")
     assert attached.wait() == 0, attached.text
@@ -215,8 +245,8 @@ def test_a_launcher_killed_in_the_queue_leaves_what_gc_finds(run: CloudRun, clou
     assert cloud.nothing_is_left
 
 
-def test_two_runs_at_once_have_a_slice_each(run: CloudRun, make_run: Make, cloud: Cloud) -> None:
-    other = make_run()
+def test_two_runs_at_once_have_a_slice_each(run: CloudRun, make_cloud_run: Make, cloud: Cloud) -> None:
+    other = make_cloud_run()
     launched = [r.launch("train.steps=4", cluster=ONE_VM) for r in (run, other)]
     assert [each.wait() for each in launched] == [0, 0], launched[0].text + launched[1].text
     hosts = [set(r.attempts()[0]["hosts"]) for r in (run, other)]
@@ -250,7 +280,7 @@ def test_a_vm_without_disk_is_named_at_once(run: CloudRun, cloud: Cloud) -> None
     assert cloud.nothing_is_left
 
 
-def test_kept_hosts_get_what_changed_and_nothing_else(make_run: Make, run: CloudRun, cloud: Cloud) -> None:
+def test_kept_hosts_get_what_changed_and_nothing_else(run: CloudRun, cloud: Cloud) -> None:
     first = run.launch("--keep", "train.steps=2", cluster=ONE_VM)
     assert first.wait() == 0, first.text
     assert "it costs money until" in first.text
@@ -285,7 +315,7 @@ def test_secrets_reach_the_workers_and_no_file(run: CloudRun, cloud: Cloud) -> N
     cloud.delete(run.slice())
 
 
-def test_launch_worker_on_each_vm_joins_by_itself(run: CloudRun, cloud: Cloud, undisturbed: CloudRun) -> None:
+def test_launch_worker_on_each_vm_joins_by_itself(run: CloudRun, cloud: Cloud, undisturbed: Run) -> None:
     """As `gcloud compute tpus tpu-vm ssh … --worker=all --command "launch worker …"` does."""
     machines = cloud.give("v4-16")
     workers = [run.on_vm(k, "worker", str(run.recipe), "--root", run.root_place, SHORT) for k in machines]
@@ -298,7 +328,7 @@ def test_launch_worker_on_each_vm_joins_by_itself(run: CloudRun, cloud: Cloud, u
 def test_a_missing_worker_is_named(run: CloudRun, cloud: Cloud) -> None:
     machines = cloud.give("v4-16")
     first = run.on_vm(
-        machines[0], "worker", str(run.recipe), "--root", run.root_place, SHORT, LAUNCH_MEETING_SECONDS="4"
+        machines[0], "worker", str(run.recipe), "--root", run.root_place, SHORT, LAUNCH_RENDEZVOUS_SECONDS="4"
     )
     assert first.wait() == 2, first.text
     assert f"worker 1 ({cloud.vms.machines[machines[1]].internal_address}) has not come" in first.text

@@ -2,7 +2,7 @@
 
 Everything lives in one folder and in namespaces of its own; nothing of the machine's configuration is
 read or written. The VMs share this machine's files, but for /run, /var/log, a few of /etc, and root's
-home, which is a small disk in each. This machine is the laptop that reaches them, as `network.HERE`.
+home, which is a small disk in each. This machine is the laptop that reaches them.
 `python -m tests.clusters.tpu` raises it until Enter is pressed.
 """
 
@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.clusters import network
-from tests.clusters.network import Host
+from tests.clusters.network import Network
 from tests.clusters.runs import wait_until
 from tests.metadata import ADDRESS as METADATA
 
-HOSTS = tuple(Host(f"t{k}", 21 + k) for k in range(4))
+NAMES = tuple(f"t{k}" for k in range(4))
+FIRST = 21
+"""Last part of the first one's address."""
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "ip", "nsenter", "unshare")
 REPOSITORY = Path(__file__).parents[2]
-READY_SECONDS = 20
+READY_SECONDS = 60
 
 SSHD = """\
 ListenAddress {address}
@@ -90,8 +92,9 @@ class Machine:
 class Slice:
     """The running VMs, numbered as the slice's workers."""
 
-    def __init__(self, folder: Path, home_size: str = "256m"):
+    def __init__(self, folder: Path, network: Network, home_size: str):
         self.folder = folder
+        self.here, self.hosts = network.here, network.hosts
         self.home_size = home_size
         """As tmpfs has it. A full disk takes that much of this machine's memory."""
         self.machines: list[Machine] = []
@@ -102,31 +105,31 @@ class Slice:
     # Raise and end
 
     def raise_(self) -> None:
-        network.make(HOSTS)
-        for k, host in enumerate(HOSTS):
+        for k, host in enumerate(self.hosts):
             self._write_configuration(k)
             key = (self._of(k) / "host_key.pub").read_text().strip()
             self.machines.append(Machine(host.name, host.address, host.address, key))
             self._booted.append(self._boot(k))
         for k, booted in enumerate(self._booted):
             assert booted.stdout is not None
-            assert booted.stdout.readline(), f"{HOSTS[k].name} has not booted: see {self._of(k)}/boot.log"
+            assert booted.stdout.readline(), (
+                f"{self.hosts[k].name} has not booted: see {self._of(k)}/boot.log"
+            )
             self.start_sshd(k)
 
     def end(self) -> None:
-        network.remove(HOSTS)
         for process in (*self._sshds.values(), *self._booted):
-            process.kill()  # if it had not come as far as into its namespace
+            process.kill()
             process.wait()
 
     def _of(self, k: int) -> Path:
         return self.folder / f"vm-{k}"
 
     def _write_configuration(self, k: int) -> None:
-        folder, host = self._of(k), HOSTS[k]
+        folder, host = self._of(k), self.hosts[k]
         (folder / "home").mkdir(parents=True)
         names = {"127.0.0.1": "localhost", METADATA: "metadata.google.internal"}
-        names |= {h.address: h.name for h in HOSTS}
+        names |= {h.address: h.name for h in self.hosts}
         metadata = {
             "project": {"project-id": "test"},
             "instance": {
@@ -134,7 +137,7 @@ class Slice:
                     "accelerator-type": "v4-32",
                     "agent-worker-number": str(k),
                     "tpu-env": TPU_ENV.format(k=k),
-                    "worker-network-endpoints": ",".join(f"unknown:unknown:{h.address}" for h in HOSTS),
+                    "worker-network-endpoints": ",".join(f"unknown:unknown:{h.address}" for h in self.hosts),
                 },
                 "hostname": host.name,
                 "maintenance-event": "NONE",
@@ -157,12 +160,12 @@ class Slice:
         )
 
     def _boot(self, k: int) -> subprocess.Popen[bytes]:
-        host, folder = HOSTS[k], self._of(k)
+        host, folder = self.hosts[k], self._of(k)
         network.ip("-n", host.namespace, "address", "add", f"{METADATA}/32", "dev", "lo", check=True)
         with (folder / "boot.log").open("ab") as log:
             return subprocess.Popen(
-                ["nsenter", f"--net=/run/netns/{host.namespace}", "unshare", "--uts", "--mount",
-                 "sh", "-ec", BOOT, "sh", host.name, folder, self.home_size, sys.executable],
+                host.inside("unshare", "--uts", "--mount", "sh", "-ec", BOOT, "sh",
+                            host.name, str(folder), self.home_size, sys.executable),
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
                 cwd=REPOSITORY, start_new_session=True,
             )  # fmt: skip
@@ -178,7 +181,9 @@ class Slice:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(lambda: _answers(HOSTS[k].address), f"sshd: see {self._of(k)}/sshd.log", READY_SECONDS)
+        wait_until(
+            lambda: _answers(self.hosts[k].address), f"sshd: see {self._of(k)}/sshd.log", READY_SECONDS
+        )
 
     def stop_sshd(self, k: int) -> None:
         """No new connections; those that are there stay."""
@@ -218,7 +223,7 @@ class Slice:
 
     def pids(self, k: int) -> set[int]:
         """What runs there, but for its sshd and metadata server; numbers are this machine's."""
-        return HOSTS[k].pids() - {self._booted[k].pid, self._sshds[k].pid}
+        return self.hosts[k].pids() - {self._booted[k].pid, self._sshds[k].pid}
 
     def kill(self, k: int) -> None:
         """End everything that runs there."""
@@ -238,10 +243,10 @@ class Slice:
 
     def cut_off(self, k: int) -> None:
         """Take the VM off the network; what runs there runs on."""
-        HOSTS[k].cut_off()
+        self.hosts[k].cut_off()
 
     def reconnect(self, k: int) -> None:
-        HOSTS[k].reconnect()
+        self.hosts[k].reconnect()
 
     def block_port(self, k: int, port: int) -> None:
         """As a firewall does before a VM: who connects waits in vain, and connections that are there hang."""
@@ -253,7 +258,7 @@ class Slice:
     def _rule(self, k: int, change: str, port: int) -> None:
         # No answer leaves; what the VM tells itself is routed before, in the table of rule 0.
         network.ip(
-            "-n", HOSTS[k].namespace, "rule", change, "pref", "1", "ipproto", "tcp", "sport", str(port),
+            "-n", self.hosts[k].namespace, "rule", change, "pref", "1", "ipproto", "tcp", "sport", str(port),
             "blackhole", check=True,
         )  # fmt: skip
 
@@ -274,8 +279,11 @@ def _answers(address: str) -> bool:
 
 @contextmanager
 def raised(home_size: str = "256m") -> Iterator[Slice]:
-    with tempfile.TemporaryDirectory(prefix="podlaunch-tpu-", ignore_cleanup_errors=True) as folder:
-        slice_ = Slice(Path(folder), home_size)
+    with (
+        tempfile.TemporaryDirectory(prefix="podlaunch-tpu-", ignore_cleanup_errors=True) as folder,
+        network.raised(NAMES, first=FIRST) as hosts,
+    ):
+        slice_ = Slice(Path(folder), hosts, home_size)
         try:
             slice_.raise_()
             yield slice_

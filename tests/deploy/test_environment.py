@@ -10,6 +10,15 @@ from zipfile import ZipFile, ZipInfo
 
 from launcher.shipping import LOCK, SETUP
 
+# The newest that the script looks for. Making an environment takes seconds, so all but the first are copies.
+PYTHON = """\
+#!/bin/sh
+if [ "$1" = -m ] && [ "$2" = venv ]; then
+  [ -d "{template}" ] || "{python}" -m venv "{template}"
+  exec cp -R "{template}" "$3"
+fi
+exec "{python}" "$@"
+"""
 REPOSITORY = Path(__file__).parents[2]
 INFO = "parcel-1.0.dist-info"
 
@@ -23,6 +32,11 @@ class Host:
         self._code = folder / "code"
         (self._code / SETUP).parent.mkdir(parents=True)
         shutil.copy(REPOSITORY / SETUP, self._code / SETUP)
+        self._bin = folder / "bin"
+        self._bin.mkdir()
+        python = self._bin / "python3.13"
+        python.write_text(PYTHON.format(template=folder / "template", python=sys.executable))
+        python.chmod(0o755)
 
     def lock(self, content: str) -> None:
         """Name a package with this content, and have it where pip looks."""
@@ -44,7 +58,7 @@ class Host:
                 archive.writestr(ZipInfo(name), text)  # without the time, which would be in its hash
 
     def make(self) -> "subprocess.CompletedProcess[str]":
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{self._bin}:{os.environ['PATH']}"
         return subprocess.run(
             ["sh", self._code / SETUP, self.environments],
             env=os.environ | {"PATH": path}, capture_output=True, text=True,

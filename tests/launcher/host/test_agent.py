@@ -22,13 +22,15 @@ from launcher.rundir import RunDirectory, storage
 from tests.gcs import Fault
 
 COMMAND = host_program("agent")
+STUB = Path(__file__).parents[2] / "stub"
 PLACE = "gs://bucket/runs/quickstart"
 SECRET = "of-nobody-else's-business"
 
 
 @pytest.fixture
-def order(planned, gcs):
-    """Orders for process 0 of 2. By itself the worker waits for the other; `refused`, it ends at once."""
+def order(planned, gcs, monkeypatch):
+    """Orders for process 0 of 2. By itself the worker, a stub, waits for the other; `refused`, it ends at once."""
+    monkeypatch.setenv("PYTHONPATH", str(STUB))
 
     def order(attempt=1, *, refused=False, place=PLACE, **changes):
         provenance = {"code": "0" * 64} if refused else {}
