@@ -98,4 +98,4 @@ def tensorboard(name: str | None, root: str) -> None:
     """Open TensorBoard on one run, or on all of --root."""
     run = find_run(root, name)
     logdir = root if name is None else run.tensorboard()
-    os.execvp(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])
+    os.execvp(sys.executable, [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", logdir])
