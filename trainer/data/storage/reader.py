@@ -181,6 +181,7 @@ class Reader:
 
     def close(self) -> None:
         """End the planner. Consumers that wait get AbandonedError."""
+        # The budget first, because the planner may be waiting for room in it.
         self._budget.close()
         with self._planned:
             self._closing = True
