@@ -1,8 +1,7 @@
 """One training, read top to bottom: mesh, data, model, restore, compile, then the loop.
 
 In the loop the order is: step, finite check, save, evaluate, log. Metrics are read METRICS_LAG steps late, so
-the devices always have work queued. All processes read the same numbers at the same step, so all decide the
-same.
+the devices always have work queued. All processes read the same numbers at the same step, so all decide alike.
 """
 
 import math

@@ -28,7 +28,7 @@ Such gaps are bytes of the container, and records that a run does not need of a 
 ends.
 """
 RANGE_BYTES = 16 << 20
-"""A request reads at most this much."""
+"""A request reads hardly more than this."""
 LOOKAHEAD_BATCHES = 64
 """The planner stays at most this far ahead of the consumer."""
 REREADS = 4
