@@ -573,10 +573,10 @@ def test_tags_in_watch_md_are_those_in_the_code():
         "loop",
         "metrics",
         "evaluate",
-        "data/pipeline",
-        "data/records",
-        "data/reader",
-        "data/fetch",
+        "data/batches",
+        "data/sources/records",
+        "data/storage/reader",
+        "data/storage/fetch",
     ):
         tree = ast.parse((REPOSITORY / "trainer" / f"{module}.py").read_text(encoding="utf-8"))
         strings = {
