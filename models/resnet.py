@@ -21,8 +21,7 @@ CLASSIFIER_INIT = variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation of NHWC images, over the whole batch or over groups of n images (Ioffe & Szegedy
-    2015).
+    """Batch normalisation (Ioffe & Szegedy 2015) of NHWC images over the whole batch, or over groups of n.
 
     On a batch-sharded mesh `scope="global"` is synchronised batch norm: each layer all-reduces its statistics
     in the forward pass and again in the backward pass. A group that lies on one device needs neither. Running

@@ -55,9 +55,7 @@ def augment(
 
 
 def normalise(images: jax.Array, data: DataConfig) -> jax.Array:
-    """Scale (batch, height, width, 3) uint8 images to float32 of mean 0 and standard deviation 1, by the
-    dataset's figures.
-    """
+    """From uint8 images, (batch, height, width, 3), to float32 of mean 0 and standard deviation 1."""
     return _standardise(images.astype(jnp.float32) / 255, data)
 
 
@@ -67,8 +65,7 @@ def _standardise(pixels: jax.Array, data: DataConfig) -> jax.Array:
 
 
 def _color_jitter(pixels: jax.Array, settings: AugmentConfig, key: jax.Array) -> jax.Array:
-    """torchvision's ColorJitter without hue, of images in [0, 1]: brightness, contrast and saturation, in
-    this order.
+    """torchvision's ColorJitter of images in [0, 1]: brightness, contrast, saturation, in this order.
 
     Each blends the image with another one: with black, with its mean grey, and with its grey version.
     """
@@ -98,8 +95,7 @@ def _exact_mean(grey: jax.Array) -> jax.Array:
 
 
 def _erasing_mask(shape: tuple[int, ...], probability: float, key: jax.Array) -> jax.Array:
-    """Random erasing (Zhong et al. 2017) as torchvision draws it: (batch, height, width) bool, true in what
-    is erased.
+    """Random erasing (Zhong et al. 2017) as torchvision draws it: (batch, height, width) bool.
 
     A row is chosen with `probability`. Of ten random rectangles the first that fits into the image is erased;
     if none fits, nothing is.
@@ -123,9 +119,7 @@ def _erasing_mask(shape: tuple[int, ...], probability: float, key: jax.Array) ->
 
 
 def _rectangle_mask(box: list[jax.Array], height: int, width: int) -> jax.Array:
-    """(n, height, width) bool, true from (top, left) to just before (bottom, right); each of these four is
-    (n,).
-    """
+    """(n, height, width) bool, true from (top, left) to just before (bottom, right), each (n,)."""
     top, left, bottom, right = (x[:, None, None] for x in box)
     row, column = jnp.arange(height)[:, None], jnp.arange(width)
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
@@ -134,8 +128,7 @@ def _rectangle_mask(box: list[jax.Array], height: int, width: int) -> jax.Array:
 def _mix_pairs(
     pixels: jax.Array, targets: jax.Array, labels: jax.Array, settings: AugmentConfig, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Blend both rows of each pair with the other row, pixels and targets: by mixup over the whole image, or
-    by CutMix.
+    """Blend both rows of each pair with the other row, pixels and targets, by mixup or by CutMix.
 
     Where both are on, each pair draws one of the two.
     """
@@ -164,8 +157,7 @@ def _mix_pairs(
 
 
 def _cutmix_mask(pairs: int, height: int, width: int, alpha: float, key: jax.Array) -> jax.Array:
-    """CutMix (Yun et al. 2019, arXiv:1905.04899): (pairs, height, width) bool, true in what the partner
-    pastes.
+    """The part that CutMix pastes (Yun et al. 2019, arXiv:1905.04899): (pairs, height, width) bool.
 
     The centre of the rectangle is any pixel, and the edge of the image cuts the rectangle off.
     """

@@ -59,6 +59,7 @@ class _KeepBest(policies.PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
     ) -> Sequence[bool]:
+        # A checkpoint without a score is not among the best; LatestN decides alone whether it stays.
         scored = sorted((c.step for c in checkpoints if c.step in self.scores), key=self.scores.__getitem__)
         best = set(scored[len(scored) - self.n :]) if self.n else set()
         return [c.step in best for c in checkpoints]
@@ -135,8 +136,9 @@ class Checkpointer:
         self._saving_step = step
 
     def poll(self) -> None:
-        """To be called at every step: raises what a background save raised, and writes checksums after a
-        commit.
+        """To be called at every step. Raises what a background save raised.
+
+        After a commit it writes checksums.
         """
         if self._save_errors.error is not None:
             raise self._save_errors.error
@@ -162,6 +164,7 @@ class Checkpointer:
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, DataPosition]:
         """The state of `step` with the shapes and shardings of `abstract`, whatever mesh it was saved on."""
+        # Into the shardings of `abstract`, because the mesh may be another than the one that was saved from.
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -173,6 +176,7 @@ class Checkpointer:
         return jax.tree.unflatten(structure, leaves), DataPosition(**restored.data)
 
     def close(self) -> None:
+        """Wait for the last save, then free what Orbax holds. Raises what went wrong with that save."""
         self.wait()
         logging.getLogger("absl").removeHandler(self._save_errors)
         self._manager.close()
@@ -256,8 +260,9 @@ def _clear_unfinished(directory: epath.Path) -> None:
 
 
 def _set_damaged_aside(directory: epath.Path, store: Store) -> None:
-    """Rename damaged checkpoints, from the newest on, until one is whole. Older ones are verified when they
-    are the newest.
+    """Rename damaged checkpoints, from the newest on, until one is whole.
+
+    Older ones are verified when they are the newest.
     """
     for step in reversed(checkpoint_files.steps(str(directory))):
         damage = _find_damage(directory, store, step)
@@ -274,6 +279,7 @@ def _set_damaged_aside(directory: epath.Path, store: Store) -> None:
 
 def _read_scores(store: Store) -> dict[int, float]:
     try:
+        # A score that is not finite compares as neither better nor worse.
         return {int(k): v for k, v in json.loads(store.read(SCORES)).items() if math.isfinite(v)}
     except FileNotFoundError:
         return {}

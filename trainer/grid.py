@@ -10,8 +10,7 @@ TILE = 64
 
 
 def captioned_grid(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """Draw (n, height, width, 3) uint8 images as one grid, as square as possible, with a caption below each
-    image.
+    """Draw images (n, height, width, 3) uint8 as a grid with a caption below each, as square as possible.
 
     Returns (height, width, 3) uint8. A tile is as large as an image, but at least 64 pixels wide.
     """
@@ -22,6 +21,7 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = i % columns * tile, i // columns * (tile + text)
+        # To the nearest pixel, so that those of small images stay visible.
         scaled = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
         sheet.paste(scaled, (x, y))
         draw.text((x + 2, y + tile), caption, fill="black")

@@ -1,8 +1,7 @@
 """One training, read top to bottom: mesh, data, model, restore, compile, then the loop.
 
 In the loop the order is: step, finite check, save, evaluate, log. Metrics are read METRICS_LAG steps late, so
-the devices always have work queued. All processes read the same numbers at the same step, so all decide the
-same.
+the devices always have work queued. All processes read the same numbers at the same step, so all decide alike.
 """
 
 import math
@@ -41,9 +40,7 @@ Report = Callable[..., None]
 
 
 class NonFiniteLossError(Exception):
-    """The loss or the gradient became NaN or infinite. It would again at the same step, so a retry is
-    pointless.
-    """
+    """The loss or the gradient became NaN or infinite. A retry would meet the same at the same step."""
 
     retryable = False
 
@@ -96,6 +93,7 @@ class _Training:
         # Not rounded: a batch may reach over the end of an epoch.
         self.steps_per_epoch = num_examples(config.data)[0] / config.train.batch_size
 
+        # Each phase is reported before it begins, because the watchdog has a time limit for each.
         report(phase="opening data")
         self.mesh = make_mesh(config.mesh.batch, config.mesh.model)
         with self.stopwatch.span("open_data"):
@@ -174,6 +172,7 @@ class _Training:
             self.checkpoints.poll()
             if self.save_schedule.save_due(self.step) or self.stopping:
                 self.save()
+            # After the save, so that a crash in evaluation costs no training.
             if self.save_schedule.evaluation_due(self.step) and not self.stopping:
                 self.evaluate()
             self.log()
@@ -209,6 +208,7 @@ class _Training:
         """
         while len(self.in_flight) > max_in_flight:
             step, values = self.in_flight.popleft()
+            # Waits until the devices have finished this step.
             metrics = StepMetrics(*np.asarray(values).tolist())
             # An infinite gradient damages the weights at once, but shows in the loss only one step later.
             if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
@@ -250,9 +250,7 @@ class _Training:
         self.report(**result.metrics, phase="training")
 
     def log(self) -> None:
-        """Write to TensorBoard every `log.every_steps` steps, and renew the progress line at least twice a
-        second.
-        """
+        """Write to TensorBoard every `log.every_steps` steps; renew the progress line twice a second."""
         if not len(self.interval):
             return
         epoch = self.step / self.steps_per_epoch
@@ -329,6 +327,7 @@ class _SaveSchedule:
 
     def requests_save(self) -> bool:
         """Whether this process asks for a save. Only process 0 does, because the clocks of the hosts differ."""
+        # In minutes by the monotonic clock, which no change of the host's time moves.
         minutes = self._config.checkpoint.every_minutes
         elapsed = time.monotonic() - self._saved_at
         return minutes is not None and jax.process_index() == 0 and elapsed > 60 * minutes
@@ -355,9 +354,7 @@ def _request_maker(
 
 
 def _compile(step: jax.stages.Wrapped, state: Any, config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """Compile a step for the shapes of its inputs: the leaves of `state`, which is abstract, a batch, and the
-    requests.
-    """
+    """Compile a step for the shapes of its inputs: leaves of the abstract `state`, batch, requests."""
     size, pixels = config.train.batch_size, config.data.image_size
 
     def abstract(shape: tuple[int, ...], dtype: type, sharding: NamedSharding) -> Any:

@@ -53,8 +53,7 @@ def weight_sharding(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
 
 
 def wait_for_all(name: str) -> None:
-    """Block until all processes have called this with the same `name`. Each name may be used once in a
-    process.
+    """Block until all processes have called this with the same `name`, which a process may use once.
 
     The barrier goes through JAX's coordination service and not over the devices: a collective gives up on a
     late peer within 30 s (gloo), but one process may compile or read that much longer than another. Raises

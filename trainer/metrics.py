@@ -19,15 +19,14 @@ INPUT_BOUND_SHARE = 0.1
 
 
 class Stopwatch:
-    """Wall seconds by activity. Time outside of every `span` counts as compute: then the loop waits for the
-    devices.
-    """
+    """Wall seconds by activity. Time outside of all spans is compute: the loop waits for the devices."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def span(self, activity: str) -> Iterator[None]:
+        """Count the time within the context as `activity`."""
         started = time.perf_counter()
         try:
             yield
@@ -36,9 +35,7 @@ class Stopwatch:
 
 
 class LogInterval:
-    """The train metrics since the last log entry. Its clock stops during evaluation, which is not training
-    time.
-    """
+    """The train metrics since the last log entry. Its clock stops during evaluation."""
 
     def __init__(self, batch_size: int, stopwatch: Stopwatch):
         self._batch_size = batch_size
@@ -46,20 +43,20 @@ class LogInterval:
         self.reset()
 
     def reset(self) -> None:
+        """Begin a new interval."""
         self._steps: list[StepMetrics] = []
         self._started = time.perf_counter()
         self._before = dict(self._stopwatch.seconds)
 
     def add(self, step: StepMetrics) -> None:
+        """Add the metrics of one step."""
         self._steps.append(step)
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def summary(self) -> dict[str, float]:
-        """Means over the interval, images a second, and seconds a step by activity, under the names that
-        TensorBoard shows.
-        """
+        """Means over the interval, images a second, and seconds a step by activity, by TensorBoard's names."""
         n = len(self._steps)
         spent = {
             activity: seconds - self._before.get(activity, 0.0)
@@ -89,8 +86,7 @@ def bottleneck(data_wait_share: float) -> str:
 
 
 class TensorBoard:
-    """Event files in a folder or under gs://, written by the process for which `active` is true; the others
-    write nothing.
+    """Event files in a folder or under gs://. A process for which `active` is false writes nothing.
 
     When a run resumes from step `start`, TensorBoard drops what an earlier attempt wrote about later steps.
     """
@@ -107,10 +103,12 @@ class TensorBoard:
         self._writer = SummaryWriter(logdir, flush_secs=5, purge_step=start + 1 if start else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write one value for each name."""
         for name, value in values.items() if self._writer else ():
             self._writer.add_scalar(name, value, step)  # type: ignore[union-attr]
 
     def text(self, step: int, name: str, text: str) -> None:
+        """Write a text, which may be Markdown."""
         if self._writer:
             self._writer.add_text(name, text, step)
 
@@ -124,6 +122,7 @@ class TensorBoard:
             self._writer.add_image(name, captioned_grid(images, captions), step, dataformats="HWC")
 
     def close(self) -> None:
+        """Flush all events; under gs://, upload the last of them."""
         if self._writer:
             self._writer.close()
         if self._uploader:

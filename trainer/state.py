@@ -145,9 +145,7 @@ def abstract_state(
 def init_state(
     config: RunConfig, network: Network, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """A fresh train state with the shardings of `abstract`. Each device makes its own shards and nothing
-    more.
-    """
+    """A fresh train state with the shardings of `abstract`. Each device makes only its own shards."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # This program runs once. On the CPU, optimising it takes several times as long as running it unoptimised.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

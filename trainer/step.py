@@ -143,9 +143,7 @@ def make_eval_step(config: RunConfig, network: Network, abstract: Weights, mesh:
 def _sum_gradients(
     network: Network, state: TrainState, examples: tuple[jax.Array, jax.Array], num_micro_batches: int
 ) -> tuple[Weights, Any]:
-    """New batch_stats, and (gradients, loss, correct, counted) summed over the batch, one micro-batch at a
-    time.
-    """
+    """New batch_stats, and (gradients, loss, correct, counted), summed one micro-batch at a time."""
 
     def loss_fn(
         params: Weights, batch_stats: Weights, images: jax.Array, targets: jax.Array
@@ -179,7 +177,5 @@ def _sum_gradients(
 
 
 def _split_micro_batches(x: jax.Array, n: int) -> jax.Array:
-    """(batch, …) -> (n, batch / n, …). Micro-batch i has the rows i, i + n, …, so every device has a part of
-    each.
-    """
+    """(batch, …) -> (n, batch / n, …). Micro-batch i has rows i, i + n, …: a part of every device's."""
     return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)

@@ -72,9 +72,7 @@ class Uploader:
                 pass
 
     def _send_piece(self, file: Path, state: "_UploadState") -> bool:
-        """Send the newest piece of a file if it has grown. Returns True if it is full, so that the next may
-        be due.
-        """
+        """Send the newest piece of a file if it has grown. Returns whether it is full."""
         with file.open("rb") as f:
             f.seek(state.piece_start)
             content = f.read()
@@ -92,8 +90,7 @@ class Uploader:
 
 
 def whole_records(content: bytes, limit: int) -> int:
-    """Length in bytes of the complete TFRecords at the start of `content`, up to `limit` bytes but at least
-    one record.
+    """Bytes of the complete TFRecords at the start of `content`: up to `limit`, but at least one record.
 
     A record is a length (uint64), a crc (uint32), the data, and a crc of the data (uint32).
     """

@@ -79,8 +79,8 @@ def test_bottleneck_strides_on_its_3x3() -> None:
 
 
 def test_initialisation_is_torchvisions() -> None:
-    model = build(name="resnet18", width=16, num_classes=1000)
-    kernel = model.stages[3][1].convs[1].kernel[...]
+    model = build(name="resnet4", width=128, num_classes=1000)
+    kernel = model.stages[0][0].convs[1].kernel[...]
     assert kernel.shape == (3, 3, 128, 128)
     assert float(kernel.std()) == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
     bound = 128**-0.5

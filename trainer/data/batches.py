@@ -62,6 +62,7 @@ class Batches(Iterator[Batch]):
         return {"data/ready_batches": self._made - self._used, **self._samples.metrics()}
 
     def close(self) -> None:
+        """End the threads; batches that are already made are dropped."""
         # The samples first: a thread that waits for bytes would keep the iterator from closing.
         self._samples.close()
         self._iterator.close()

@@ -134,6 +134,7 @@ class Order:
 
 
 def _hash(*parts: int, num_bytes: int) -> int:
+    # Not Python's hash(), which differs from process to process.
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=num_bytes).digest()
     return int.from_bytes(digest, "little")
 
@@ -173,8 +174,7 @@ def _mean_block_size(num_examples: int, block_starts: np.ndarray | None) -> int:
 
 
 def choose_num_lanes(batch_size: int, max_lanes: int) -> int:
-    """The number of lanes: a divisor of the batch size, at most `max_lanes`, with as many factors of two as
-    possible.
+    """The number of lanes: a divisor of the batch size with as many factors of two as possible.
 
     Most runs have a power of two of hosts, and where that divides the lanes, each host reads lanes of its
     own.
@@ -216,9 +216,7 @@ class ProcessStream:
         return inside & self._is_local[(positions - self.start) % self.batch_size]
 
     def windows(self) -> Iterator[tuple[int, WindowKey]]:
-        """The windows that this process reads, as (batch, window), where `batch` is the first one that needs
-        the window.
-        """
+        """The windows that this process reads, as (batch, window): the first batch that needs the window."""
         order, newest = self.order, np.full(self.order.lanes, -1)
         # Two more than are full, because the phase of a lane may cut one short at either end.
         windows_an_epoch = order.num_examples // order.lanes // order.window + 2

@@ -34,7 +34,9 @@ class Samples(Protocol):
         """Figures on the reading, for the log, by TensorBoard's names."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the reading. Threads that wait for a sample get an exception."""
+        ...
 
 
 class Split(Protocol):
@@ -43,9 +45,7 @@ class Split(Protocol):
     digest: str
     """Identifies the samples and their numbering. A run does not resume with another digest."""
     block_starts: np.ndarray | None
-    """(blocks,) int64: the first record of each block of neighbours in storage; None where all samples are
-    equally near.
-    """
+    """(blocks,) int64: the first record of each block of neighbours; None where nothing is stored in blocks."""
 
     def __len__(self) -> int: ...
 

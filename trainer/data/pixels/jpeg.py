@@ -53,9 +53,7 @@ def read_header(encoded: memoryview) -> JpegHeader | None:
 
 
 def exif_orientation(exif: bytes) -> int:
-    """The orientation in an EXIF block (CIPA DC-008, 4.6.4), 1 to 8; 1 where the block has none or is
-    damaged.
-    """
+    """The orientation, 1 to 8, in an EXIF block (CIPA DC-008, 4.6.4); 1 if there is none."""
     if exif[:6] == b"Exif\0\0":
         exif = exif[6:]
     byte_order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
@@ -74,12 +72,11 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def decode_top(encoded: memoryview, header: JpegHeader, bottom: int, shrink: int) -> np.ndarray | None:
-    """Decode a sequential JPEG down to row `bottom`, both sides divided by `shrink`: (rows, columns, 3) uint8
-    RGB.
+    """Decode a sequential JPEG down to row `bottom`, with both sides divided by `shrink`.
 
-    A sequential JPEG is stored from the top down, so decoding can stop where a crop ends: the height in the
-    header is lowered, and the decoder ends there. Returns None where the file may be damaged; decode it
-    whole.
+    Returns (rows, columns, 3) uint8 RGB. A sequential JPEG is stored from the top down, so decoding can stop
+    where a crop ends: the height in the header is lowered, and the decoder ends there. Returns None where the
+    file may be damaged; decode it whole.
     """
     # Two more rows of the result: the decoder smooths the colours of neighbouring rows into each other.
     height = min(header.height, bottom + 2 * shrink)

@@ -57,9 +57,7 @@ def eval_image(encoded: Encoded, *, data: DataConfig) -> np.ndarray:
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The random generator of one sample: Philox with the key (seed, position), so no two samples share a
-    stream.
-    """
+    """The random generator of one sample. No two samples share a stream: the Philox key is (seed, position)."""
     return np.random.Generator(np.random.Philox(key=[seed, position]))
 
 
@@ -88,11 +86,10 @@ def random_crop_box(height: int, width: int, rng: np.random.Generator, augment: 
 
 
 def center_crop(image: np.ndarray, resize: int, size: int) -> np.ndarray:
-    """Bring the short side of (height, width, 3) uint8 to `resize` pixels, antialiased, and cut out the
-    centre.
+    """Resize the short side of an image to `resize` pixels, antialiased, and cut out the centre.
 
-    Returns (size, size, 3) uint8, equal to torchvision's Resize and CenterCrop of a PIL image. Only the
-    pixels within the crop are computed.
+    `image` is (height, width, 3) uint8. Returns (size, size, 3) uint8, equal to torchvision's Resize and
+    CenterCrop of a PIL image. Only the pixels within the crop are computed.
     """
     sides = image.shape[:2]
     resized = [resize if side == min(sides) else int(resize * side / min(sides)) for side in sides]

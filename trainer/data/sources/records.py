@@ -60,6 +60,7 @@ def _open_checked(config: RunConfig, split: str, path: str) -> Dataset:
         dataset = open_dataset(path)
     except UserError as e:
         raise UserError(f"data.{split}.path: {e}") from None
+    # The plan has computed steps and epochs from the configured number.
     configured = getattr(config.data, split).num_examples
     if len(dataset) != configured:
         raise UserError(
@@ -209,6 +210,7 @@ class RecordSamples:
         what = f"{self._dataset.describe(bad)}: {error}"
         if self._data.on_bad_record == "raise":
             raise UserError(f"{what}; restore it, or set data.on_bad_record to substitute or mask") from None
+        # A record comes again in every epoch, but counts once.
         if bad not in self._bad_records:
             self._bad_records.add(bad)
             _log.warning("%s (data.on_bad_record = %s)", what, self._data.on_bad_record)

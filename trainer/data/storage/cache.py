@@ -26,8 +26,7 @@ RESCAN_SHARE = 1 / 32
 
 
 class BlockCache:
-    """The payloads of blocks in `folder`, up to `max_bytes`. The block that was not used for longest is
-    removed first.
+    """The payloads of blocks in `folder`, up to `max_bytes`; the least recently used is removed first.
 
     Raises OSError if the folder cannot be created or read.
     """

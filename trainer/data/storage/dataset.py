@@ -68,6 +68,7 @@ class Manifest:
 
     @property
     def num_examples(self) -> int:
+        """Number of records in all shards."""
         return sum(s.num_records for s in self.shards)
 
 

@@ -77,8 +77,9 @@ class FetchStats:
 
 
 class ConcurrencyLimiter:
-    """Limits how many requests run at once: one more for each round that succeeds, half as many after
-    throttling (AIMD).
+    """Limits how many requests run at once (AIMD).
+
+    Each round that succeeds allows one more, throttling halves the number.
     """
 
     def __init__(self, most: int = CONNECTIONS):
@@ -162,8 +163,7 @@ class Fetcher:
         self._watcher.start()
 
     def submit(self, request: RangeRequest, *, fresh: bool = False) -> "Future[np.ndarray]":
-        """Fetch a range. The future gives the payload, uint8 (bytes,); with `fresh` it does not come from the
-        cache.
+        """Fetch a range. The future gives its payload, uint8 (bytes,); `fresh` bypasses the cache.
 
         The future raises UserError at once for what a repetition cannot mend, and TransientError once
         repetitions have failed for `retry_seconds`.
@@ -196,6 +196,7 @@ class Fetcher:
 
     def close(self) -> None:
         """Give up all requests that still run or wait."""
+        # Requests look at this event between pieces, so even those that run end soon.
         self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._hedges.shutdown(wait=False, cancel_futures=True)

@@ -28,7 +28,7 @@ Such gaps are bytes of the container, and records that a run does not need of a 
 ends.
 """
 RANGE_BYTES = 16 << 20
-"""A request reads at most this much."""
+"""A request reads hardly more than this."""
 LOOKAHEAD_BATCHES = 64
 """The planner stays at most this far ahead of the consumer."""
 REREADS = 4
@@ -181,6 +181,7 @@ class Reader:
 
     def close(self) -> None:
         """End the planner. Consumers that wait get AbandonedError."""
+        # The budget first, because the planner may be waiting for room in it.
         self._budget.close()
         with self._planned:
             self._closing = True

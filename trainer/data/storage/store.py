@@ -331,9 +331,7 @@ def _copy_body(raw: Any, buffers: Sequence[memoryview], address: str, on_chunk: 
 
 
 def _client() -> "Client":
-    """A client with application-default or service-account credentials; without any, an anonymous one for
-    public buckets.
-    """
+    """Google's client, with the credentials that it finds; anonymous, for public buckets, where there are none."""
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import storage
 

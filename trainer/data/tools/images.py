@@ -14,10 +14,9 @@ def is_image(content: bytes) -> bool:
 
 
 def shrink(content: bytes, short_side: int) -> bytes:
-    """Bring the short side of an image to at most `short_side` pixels: unchanged if it is, else antialiased
-    and as JPEG.
+    """Shrink an image, antialiased and as JPEG, so that its short side is at most `short_side` pixels.
 
-    Raises ValueError if the image does not decode.
+    An image that is small enough comes back unchanged. Raises ValueError if the image does not decode.
     """
     from trainer.data.pixels.decode import decode
 

@@ -117,6 +117,7 @@ def _list_folder(source: str, classes: tuple[str, ...] | None, part_bytes: int, 
         if name not in labels:
             raise UserError(f"{root / name}: {name!r} is not among the {len(classes)} classes of --classes")
         files += [(file, labels[name], size) for file, size in _class_files(root, name)]
+    # By names and sizes, because the content would have to be read once more.
     digest = _digest(f"{name}\0{size}" for name, _, size in files)
     # Training shuffles blocks of neighbours, so neighbours must not all be of one class.
     random.Random(seed).shuffle(files)  # noqa: S311

@@ -26,10 +26,10 @@ class SampleKey(NamedTuple):
 def keys(
     config: RunConfig, *, hosts: int, host: int | None, start: int, num_keys: int
 ) -> Iterator[SampleKey]:
-    """The first `num_keys` samples from position `start` on that host `host` of `hosts` reads; all hosts' if
-    it is None.
+    """The first `num_keys` samples from position `start` on that host `host` of `hosts` reads.
 
-    Raises UserError if the source has no shards or `hosts` does not divide the batch.
+    Where `host` is None, those of all hosts. Raises UserError if the source has no shards or `hosts` does not
+    divide the batch.
     """
     path, size = config.data.train.path, config.train.batch_size
     if path is None:

@@ -81,6 +81,7 @@ def open_verified(store: Store, obj: Object) -> Iterator[tuple[BinaryIO, int]]:
         return
     starts = range(0, obj.size, RANGE_BYTES)
     ranges = [RangeRequest(store, obj, at, min(RANGE_BYTES, obj.size - at), framing=None) for at in starts]
+    # On disk, because a shard may be larger than memory.
     with tempfile.TemporaryFile(prefix="podlaunch-") as copy:
         for _ in range(REREADS + 1):
             copy.seek(0)

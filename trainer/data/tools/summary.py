@@ -53,8 +53,7 @@ def summarize(dataset: Dataset) -> Summary:
 
 
 def write_sheet(dataset: Dataset, file: Path, count: int) -> int:
-    """Draw up to `count` images, evenly spaced in the dataset, with their classes, to a PNG. Returns how many
-    there were.
+    """Draw up to `count` evenly spaced images with their classes to a PNG. Returns how many there are.
 
     Raises UserError if one of them is damaged.
     """

@@ -67,8 +67,9 @@ def leaves_of(directory: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def test_a_bucket_with_faults_trains_the_same_bits_as_a_folder(
-    folder: Path, gcs: cloud.Server, tmp_path: Path
+    folder: Path, gcs: cloud.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("trainer.data.storage.fetch.MIN_WAIT_SECONDS", 0.01)
     gcs.put_folder(folder, "data/")
     gcs.faults += [
         cloud.Fault("status", object="data/part-*", status=503, share=0.2),

@@ -42,6 +42,12 @@ def server(gcs: cloud.Server, folder: Path) -> cloud.Server:
     return gcs
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repetitions come soon: the tests are of what is repeated, not of how long that waits."""
+    monkeypatch.setattr("trainer.data.storage.fetch.MIN_WAIT_SECONDS", 0.01)
+
+
 @contextmanager
 def reading(
     dataset: Dataset,
