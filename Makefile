@@ -1,4 +1,4 @@
-# Each target does all its own set-up; CI calls `make test`.
+# Each target creates the virtual environment if it is missing or out of date. CI calls `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,15 +8,16 @@ TESTBED = slurm-wlm munge openssh-server iproute2
 .PHONY: help quickstart test test-fast test-client test-clusters testbed check format lock clean
 
 help:
-	@echo "make quickstart   train a ResNet here and now, on two processes"
-	@echo "make test         checks, then all tests"
-	@echo "make test-fast    the tests that start no processes"
-	@echo "make test-client  of these, what a laptop needs, on macOS too"
-	@echo "make test-clusters  those that do: runs here, on SLURM and on TPU slices that they raise"
-	@echo "make testbed      install SLURM and sshd for the tests, where that is possible"
-	@echo "make check        ruff, mypy, the import rules"
-	@echo "make format       let ruff format the code"
-	@echo "make lock         resolve requirements.txt and requirements-tpu.txt anew"
+	@echo "make quickstart     train a ResNet on this machine, with two processes"
+	@echo "make test           run all checks, then all tests"
+	@echo "make test-fast      run the tests that start no worker processes"
+	@echo "make test-client    run those of them that cover what runs on a laptop; also on macOS"
+	@echo "make test-clusters  run the tests that start worker processes, on SLURM and on TPU VMs that they raise"
+	@echo "make testbed        install SLURM and sshd for the tests (as root on Debian)"
+	@echo "make check          run ruff, mypy and import-linter"
+	@echo "make format         fix and format the code with ruff"
+	@echo "make lock           regenerate requirements.txt and requirements-tpu.txt"
+	@echo "make clean          delete the virtual environments"
 
 $(READY): requirements.txt setup.py
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "podlaunch needs Python 3.11 to 3.13; set PYTHON=python3.12"'
@@ -43,12 +44,12 @@ test-fast: $(READY)
 test-clusters: $(READY) testbed
 	$(BIN)/pytest -m cluster --numprocesses 3 --dist loadfile
 
-# What runs where the user types. Marked linux is what hosts run: it reads /proc.
+# Tests of the code that runs on the user's machine. Tests marked linux cover code of hosts, which reads /proc.
 test-client: $(READY)
 	$(BIN)/pytest -m "not cluster and not linux" --numprocesses 2 tests/configs tests/launcher tests/test_packaging.py
 
-# The tests raise clusters of their own; policy-rc.d keeps the installation from starting services. Without
-# the programs they skip, and say so.
+# The tests start their own SLURM cluster and sshd, so policy-rc.d prevents the packages from starting services.
+# Tests that need a missing program are skipped and give the reason.
 testbed:
 	@absent=$$(for program in slurmctld munged sshd ip; do command -v $$program >/dev/null || echo $$program; done); \
 	if [ -z "$$absent" ]; then :; \

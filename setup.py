@@ -1,6 +1,6 @@
-"""Packaging: distribution `podlaunch`, console script `launch`, extras for the accelerators.
+"""Packaging: the distribution `podlaunch`, its console script `launch`, and extras for the accelerators.
 
-The rooms are installed inside the package podlaunch (podlaunch/__init__.py says why and how they are found there).
+The rooms are installed inside the package podlaunch; podlaunch/__init__.py explains why, and how they are imported.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which file a word means: `launch r50`, `launch mine` beside mine.yaml, `launch configs/mine.yaml`."""
+"""Find the file of a recipe that is given by name or by path: `launch r50`, `launch configs/mine.yaml`."""
 
 import os
 import re
@@ -9,24 +9,24 @@ from configs.errors import UserError
 from configs.load import nearest
 
 OURS = Path(__file__).parent
-"""Recipes that come with podlaunch."""
+"""The folder of the recipes that come with podlaunch."""
 SUFFIXES = (".yaml", ".yml")
 NO_RECIPES = ("clusters", "prices")
 NAMES_SHOWN = 12
 
 
 def find(word: str, commands: Sequence[str] = ()) -> Path:
-    """The file of that name, or else `word`.yaml here, in configs/ here, or among ours.
+    """The path `word` if that is a file; otherwise `word`.yaml in this folder, in configs/, or among ours.
 
-    Raises UserError where it names no recipe, nor one of the `commands` that might be meant. A file that is named
-    and not there is for `load` to tell, unless ours has its name.
+    Raises UserError if there is no such recipe; the message suggests a recipe or one of `commands`. If `word` ends
+    in .yaml and does not exist, it is returned unchanged and `load` reports it, unless one of ours has its name.
     """
     if _is_file(word):
         return Path(word)
     stem, suffix = os.path.splitext(os.path.basename(word))
     if suffix in SUFFIXES:
         if stem in _names(OURS):
-            raise UserError(f"{word}: no such file; {stem} comes with podlaunch, say {stem} alone")
+            raise UserError(f"{word}: no such file; for the recipe that comes with podlaunch, write {stem}")
         return Path(word)
     for folder in (Path(), Path("configs"), OURS):
         for file in (folder / f"{word}{suffix}" for suffix in SUFFIXES):
@@ -39,10 +39,12 @@ def _unknown(word: str, commands: Sequence[str]) -> str:
     ours = _names(OURS)
     here = [name for name in _names(Path(), Path("configs")) if name not in ours]
     hint = nearest(word, [*commands, *here, *ours])
-    there = f"here: {_some(here)}; with podlaunch: {_some(ours)}" if here else f"recipes: {_some(ours)}"
+    known = (
+        f"your recipes: {_some(here)}; built-in recipes: {_some(ours)}" if here else f"recipes: {_some(ours)}"
+    )
     if commands:
-        return f"{word}: neither a command nor a recipe{hint} ({there}; see `launch --help`)"
-    return f"{word}: no such recipe{hint} ({there})"
+        return f"{word}: neither a command nor a recipe{hint} ({known}; see `launch --help`)"
+    return f"{word}: no such recipe{hint} ({known})"
 
 
 def _names(*folders: Path) -> list[str]:
@@ -51,7 +53,7 @@ def _names(*folders: Path) -> list[str]:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """r18 before r101."""
+    """A sort key that compares numbers by value: r18 comes before r101."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -61,5 +63,5 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _is_file(path: str | Path) -> bool:
-    """Or a pipe, as of `<(…)`. A folder is none, nor what cannot be a path."""
+    """Whether `path` is a file or a pipe, such as that of `<(…)`. A folder or an invalid path is neither."""
     return os.path.exists(path) and not os.path.isdir(path)

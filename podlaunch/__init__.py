@@ -1,8 +1,8 @@
-"""Where podlaunch is, and how its own processes find its rooms.
+"""Where podlaunch is installed, and how its own processes find its rooms.
 
-The rooms (configs, launcher, models, trainer) have plain names, which a user's repository may have as well. So an
-installed podlaunch keeps the rooms inside this package, where no other import finds them, and podlaunch's own
-processes put that folder first on the module path. In a checkout the rooms lie beside this package.
+The rooms are the packages configs, launcher, models and trainer. A user's repository may use the same plain names,
+so an installed podlaunch keeps its rooms inside this package, where other imports do not find them, and its own
+processes put that folder first on their module path. In a checkout the rooms are next to this package.
 """
 
 import sys
@@ -15,7 +15,7 @@ HOME = PACKAGE if (PACKAGE / "launcher").is_dir() else PACKAGE.parent
 
 
 def code(home: Path = HOME) -> dict[str, Path]:
-    """All Python files of the podlaunch whose rooms are in `home`, by their names in a checkout."""
+    """The Python files of the podlaunch whose rooms are in `home`, keyed by their paths in a checkout."""
     package = home / "podlaunch" if (home / "podlaunch").is_dir() else home
     files = {f"podlaunch/{file.name}": file for file in package.glob("*.py")}
     for room in ROOMS:
@@ -24,6 +24,6 @@ def code(home: Path = HOME) -> dict[str, Path]:
 
 
 def enter_home() -> None:
-    """Have this process find our rooms before any others. Only entry points call this: an import changes nothing."""
+    """Put HOME first on this process's module path. Only entry points call this; imports have no such effect."""
     home = str(HOME)
     sys.path[:] = [home, *(folder for folder in sys.path if folder != home)]

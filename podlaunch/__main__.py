@@ -1,4 +1,4 @@
-"""`launch`, and `python -m podlaunch`, which is the same."""
+"""The entry point of the `launch` command and of `python -m podlaunch`."""
 
 from podlaunch import enter_home
 

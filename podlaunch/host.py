@@ -1,6 +1,6 @@
-"""The programs that the launcher starts, here or on another host: `python -P -m podlaunch.host PROGRAM ARGUMENTS`.
+"""The entry point of the programs that the launcher starts on hosts: `python -P -m podlaunch.host PROGRAM ARGUMENTS`.
 
--P keeps the current folder off the module path, and our rooms come before those that PYTHONPATH may name.
+-P keeps the current folder off the module path. `enter_home` puts our rooms before any folder in PYTHONPATH.
 """
 
 import importlib
@@ -14,7 +14,7 @@ PROGRAMS = ("agent", "preflight", "task", "worker")
 def main() -> None:
     program = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if program not in PROGRAMS:
-        sys.exit(f"podlaunch.host {program}: allowed: {', '.join(PROGRAMS)}")
+        sys.exit(f"podlaunch.host: unknown program {program!r}; allowed: {', '.join(PROGRAMS)}")
     enter_home()
     importlib.import_module(f"launcher.host.{program}").main()
 

@@ -1,4 +1,4 @@
-"""What checks a change: the workflow, .ci/run, the hook before a commit. They call what `make` has, and nothing else."""
+"""The CI workflow, .ci/run and the pre-commit hook call only existing Makefile targets and scripts."""
 
 import os
 import re
@@ -22,7 +22,9 @@ def targets() -> set[str]:
 
 
 def workflow(path: Path) -> dict[str, Any]:
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # `on` is a key, not true
+    return yaml.load(
+        path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader
+    )  # keeps the key `on` from being read as true
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -31,7 +33,7 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def is_ours(command: list[str]) -> bool:
-    """`make TARGET…` or a script of the repository, perhaps as root and with variables set."""
+    """Whether `command` is `make TARGET…` or a script of the repository, optionally with sudo and variables."""
     words = [word for word in command if not re.match(r"\w+=", word) and word not in ("sudo", "env")]
     if words[0] == "make":
         return set(words[1:]) <= targets()
@@ -39,17 +41,17 @@ def is_ours(command: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_workflow_calls_what_there_is(path: Path):
+def test_workflow_calls_only_existing_targets_and_scripts(path: Path):
     assert {"on", "jobs"} <= workflow(path).keys()
     assert [command for command in commands(path) if not is_ours(command)] == []
 
 
-def test_every_python_that_is_supported_is_tested():
+def test_ci_matrix_has_every_supported_python():
     job = workflow(REPOSITORY / ".github" / "workflows" / "ci.yml")["jobs"]["linux"]
     assert job["strategy"]["matrix"]["python"] == VERSIONS
 
 
-def test_hook_calls_what_there_is():
+def test_pre_commit_hook_calls_only_existing_targets():
     config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
     (hook,) = (hook for repository in config["repos"] for hook in repository["hooks"])
     assert hook["language"] == "system"
@@ -58,7 +60,7 @@ def test_hook_calls_what_there_is():
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What .ci/run has `make` do, where there is every Python."""
+    """Run .ci/run with a fake `make` and a fake of every Python; returns the targets that it calls."""
     for name in ("make", "python3", "python3.12", "python3.13"):
         program = tmp_path / name
         program.write_text(
@@ -76,7 +78,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return made
 
 
-def test_ci_tests_the_other_pythons_too_unless_it_is_told_one(made):
+def test_ci_run_also_tests_newer_pythons_unless_one_is_chosen(made):
     assert made(VERSION="3.11") == ["test", "test-fast", "test-fast"]
     assert made(VERSION="3.12") == ["test", "test-fast"]
     assert made(PYTHON="python3.13") == ["test"]

@@ -1,7 +1,8 @@
-"""What is distributed, and that an installed podlaunch and a user's repository leave each other in peace.
+"""What the distributions contain, and that an installed podlaunch does not interfere with a user's repository.
 
-The distributions are built from a copy of the checkout, the wheel from the source distribution. It is installed into
-a virtual environment that has this one's packages, and used in a repository with rooms of the same names as ours.
+The source distribution is built from a copy of the checkout, and the wheel from the source distribution. The wheel is
+installed into a virtual environment that shares this environment's other packages, and is used in a repository that
+has packages with the same names as our rooms.
 """
 
 import configparser
@@ -32,7 +33,7 @@ print(getattr(build_meta, f"build_{sys.argv[1]}")(sys.argv[2]))
 GENERIC = [*ROOMS, "tests", "benchmarks", "deploy", "docs"]
 THEIRS = {
     "configs/__init__.py": "OWNER = 'user'",
-    "models/mine.py": "",  # a namespace package
+    "models/mine.py": "",  # models is a namespace package there
     "trainer.py": "OWNER = 'user'",
     "launcher/__init__.py": "OWNER = 'user'",
     "tests/__init__.py": "OWNER = 'user'",
@@ -51,7 +52,7 @@ def built(kind: str, source: Path, folder: Path) -> Path:
 
 
 def listed(*options: str) -> list[str]:
-    """Files of the checkout, by git."""
+    """Files of the checkout, as `git ls-files` lists them."""
     found = checked(["git", "-C", HOME, "ls-files", "-z", *options]).split("\0")
     return [name for name in found if name and (HOME / name).is_file()]
 
@@ -60,7 +61,7 @@ def listed(*options: str) -> list[str]:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, unpacked."""
     if not (HOME / ".git").exists():
-        pytest.skip("this is no checkout")
+        pytest.skip("not a git checkout")
     folder = tmp_path_factory.mktemp("sdist")
     for name in listed("--cached", "--others", "--exclude-standard"):
         (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Installed:
-    """An environment with podlaunch, in which a user stands in a repository of theirs."""
+    """An environment with podlaunch installed, and a user's repository in which its commands run."""
 
     folder: Path
     repository: Path
@@ -97,7 +98,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python]
     checked([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel])
-    # The other packages. What a .pth file there would add, such as an editable podlaunch, stays out.
+    # The other packages. Their .pth files, such as that of an editable podlaunch, are not read from there.
     packages = [place for place in sys.path if place.endswith("-packages")]
     next(folder.glob("lib/*/site-packages")).joinpath("others.pth").write_text("\n".join(packages))
     return folder
@@ -119,19 +120,19 @@ def test_source_distribution_has_every_file_of_the_checkout(sdist: Path):
     assert [name for name in listed("--cached") if not (sdist / name).is_file()] == []
 
 
-def test_wheel_has_one_name_of_its_own(wheel: Path):
+def test_wheel_installs_only_the_package_podlaunch(wheel: Path):
     info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
     assert {name.split("/")[0] for name in ZipFile(wheel).namelist()} == {"podlaunch", info}
 
 
-def test_wheel_has_all_code_and_what_it_reads(wheel: Path):
+def test_wheel_has_all_code_and_data_files(wheel: Path):
     there = {name for name in ZipFile(wheel).namelist() if name.startswith("podlaunch/")}
     files = [*code().values(), *HOME.glob("configs/*.yaml"), *HOME.glob("configs/*.json")]
     expected = {str(file.relative_to(HOME)).removeprefix("podlaunch/") for file in files} | {"py.typed"}
     assert there == {f"podlaunch/{name}" for name in expected}
 
 
-def test_metadata_says_where_things_are(wheel: Path):
+def test_metadata_has_urls_licence_and_entry_point(wheel: Path):
     archive = ZipFile(wheel)
     (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
     metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
@@ -144,21 +145,21 @@ def test_metadata_says_where_things_are(wheel: Path):
     assert dict(scripts["console_scripts"]) == {"launch": "podlaunch.__main__:main"}
 
 
-# Beside a user's own rooms
+# Next to a user's packages with the same names
 
 
 @pytest.mark.parametrize("path", [None, ".", "elsewhere:."])
 @pytest.mark.parametrize(
     "launch", [["launch"], ["python", "-m", "podlaunch"]], ids=["launch", "python -m podlaunch"]
 )
-def test_launch_finds_its_rooms_in_a_repository_with_the_same_names(
+def test_launch_imports_its_rooms_in_a_repository_with_the_same_names(
     installed: Installed, launch: list[str], path: str | None
 ):
     assert installed.run(*launch, "plan", "r50", path=path).startswith("run         r50  (")
     assert installed.run(*launch, "plan", "mine", path=path).startswith("run         mine  (mine.yaml)")
 
 
-def test_the_users_python_has_the_users_rooms(installed: Installed):
+def test_users_python_imports_the_users_packages(installed: Installed):
     code = "import configs, models.mine, trainer, launcher, tests; print(*[m.OWNER for m in (configs, trainer, launcher, tests)])"
     assert installed.run("python", "-c", code).split() == ["user"] * 4
     code = f"import podlaunch; {code}"
@@ -174,11 +175,11 @@ for name in sys.argv[1:]:
 
 
 def names_in(folder: Path, found: str) -> list[str]:
-    """Those of the modules that lie in `folder`; another package may be called tests, too."""
+    """The modules found in `folder`; one found elsewhere, such as another package's tests, does not count."""
     return [line.split()[0] for line in found.splitlines() if f" {folder}/" in line]
 
 
-def test_nothing_of_ours_with_a_plain_name_can_be_imported_elsewhere(installed: Installed, tmp_path: Path):
+def test_plain_names_are_not_importable_from_an_installed_podlaunch(installed: Installed, tmp_path: Path):
     found = installed.run("python", "-c", FOUND, "podlaunch", *GENERIC, path=None, cwd=tmp_path)
     assert names_in(installed.folder, found) == ["podlaunch"]
 
@@ -193,7 +194,7 @@ def test_an_editable_install_adds_no_plain_names(tmp_path: Path):
     assert found == ["podlaunch"]
 
 
-def test_processes_of_a_pool_find_our_rooms(installed: Installed):
+def test_spawned_processes_of_a_pool_import_our_rooms(installed: Installed):
     for name in ("daisy", "rose"):
         (installed.repository / "photos" / name).mkdir(parents=True)
         for i in range(2):
@@ -202,8 +203,8 @@ def test_processes_of_a_pool_find_our_rooms(installed: Installed):
     assert "4 in 2 shards" in installed.run("launch", *command)
 
 
-def test_what_is_installed_is_the_same_code(installed: Installed):
-    """By which workers are compared with the plan, and which hosts without a shared disk are sent."""
+def test_installed_code_equals_the_checkouts(installed: Installed):
+    """Workers are compared with the plan by this code, and hosts without a shared disk are sent it."""
     command = (
         "import json, podlaunch; print(json.dumps({n: f.read_text() for n, f in podlaunch.code().items()}))"
     )
@@ -213,35 +214,35 @@ def test_what_is_installed_is_the_same_code(installed: Installed):
 
 
 @pytest.mark.cluster
-def test_installed_podlaunch_trains_beside_a_users_rooms(installed: Installed):
-    told = installed.run("launch", "mine", "--cluster", "local-1", "model.name=resnet4", "train.steps=2")
-    assert "completed   step 2 " in told
+def test_installed_podlaunch_trains_in_a_repository_with_the_same_names(installed: Installed):
+    output = installed.run("launch", "mine", "--cluster", "local-1", "model.name=resnet4", "train.steps=2")
+    assert "completed   step 2 " in output
     result = json.loads((installed.repository / "runs" / "mine" / "result.json").read_text())
     assert (result["status"], result["step"], result["attempts"]) == ("completed", 2, 1)
 
 
-# How our processes come to their rooms
+# How our processes find their rooms
 
 
-def test_importing_podlaunch_changes_nothing():
+def test_importing_podlaunch_leaves_the_module_path_unchanged():
     command = "import sys; before = [*sys.path]; import podlaunch, podlaunch.host, podlaunch.__main__; print(before == sys.path)"
     assert checked([sys.executable, "-c", command], cwd=HOME) == "True\n"
 
 
-def test_home_is_first_and_there_once(monkeypatch: pytest.MonkeyPatch):
+def test_enter_home_puts_home_first_and_only_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", ["/theirs", str(HOME), "/packages"])
     for _ in range(2):
         enter_home()
         assert sys.path == [str(HOME), "/theirs", "/packages"]
 
 
-def test_home_of_a_checkout_holds_the_rooms():
+def test_home_of_a_checkout_contains_the_rooms():
     assert Path(podlaunch.__file__).parent.parent == HOME
     assert [room for room in ROOMS if not (HOME / room / "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["tusk"]])
-def test_program_that_there_is_not_is_told_with_those_that_there_are(arguments: list[str]):
+def test_unknown_host_program_is_refused_with_the_allowed_ones(arguments: list[str]):
     command = [sys.executable, "-m", "podlaunch.host", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HOME)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Which file a word means."""
+"""Recipes are found by name and by path."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def write(*names: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe_that_comes_with_podlaunch_is_found_by_its_name(name: str):
+def test_recipe_that_comes_with_podlaunch_is_found_by_name(name: str):
     assert find(name) == OURS / f"{name}.yaml"
     assert load(find(name)).model
 
@@ -50,61 +50,63 @@ def test_recipe_that_comes_with_podlaunch_is_found_by_its_name(name: str):
         (["prices.yaml"], "prices.yaml", "prices.yaml"),
     ],
 )
-def test_a_file_comes_first_then_what_is_here_then_what_is_in_configs(
+def test_exact_path_beats_this_folder_which_beats_configs_which_beats_ours(
     there: list[str], word: str, found: str
 ):
     write(*there)
     assert find(word) == Path(found)
 
 
-def test_a_folder_of_the_name_is_no_recipe():
+def test_folder_is_not_taken_for_a_recipe():
     Path("r50").mkdir()
     assert find("r50") == OURS / "r50.yaml"
 
 
-def test_recipe_may_come_through_a_pipe():
-    os.mkfifo("pipe")  # as the shell makes one of `<(…)`
+def test_recipe_may_be_a_pipe():
+    os.mkfifo("pipe")  # as the shell creates for `<(…)`
     assert find("pipe") == Path("pipe")
 
 
-def test_file_that_is_not_there_is_for_load_to_tell():
+def test_missing_file_is_left_for_load_to_report():
     assert find("nope.yaml") == Path("nope.yaml")
 
 
 @pytest.mark.parametrize("word", ["r50.yaml", "configs/r50.yaml", "/nowhere/r50.yml"])
-def test_file_that_is_not_there_but_is_one_of_ours_is_hinted(word: str):
-    with pytest.raises(UserError, match=rf"^{word}: no such file; r50 comes with podlaunch, say r50 alone$"):
+def test_missing_file_named_like_one_of_our_recipes_is_refused_with_a_hint(word: str):
+    with pytest.raises(
+        UserError, match=rf"^{word}: no such file; for the recipe that comes with podlaunch, write r50$"
+    ):
         find(word)
 
 
-def test_name_that_is_none_is_told_with_the_nearest_and_with_what_there_is():
+def test_unknown_name_is_refused_with_the_nearest_and_all_recipes():
     write("mine.yaml", "configs/other.yaml", "configs/clusters.yaml", "r18.yaml")
     with pytest.raises(UserError) as refused:
         find("mime")
     ours = ", ".join(NAMES)
     assert str(refused.value) == (
-        f'mime: no such recipe; did you mean "mine"? (here: mine, other; with podlaunch: {ours})'
+        f'mime: no such recipe; did you mean "mine"? (your recipes: mine, other; built-in recipes: {ours})'
     )
     with pytest.raises(UserError, match=r'^r5: .*; did you mean "r50"\?'):
         find("r5")
 
 
-def test_name_may_be_a_mistyped_command():
+def test_mistyped_command_is_suggested():
     with pytest.raises(
         UserError, match=r'^plna: neither a command nor a recipe; did you mean "plan"\?.*--help'
     ):
         find("plna", commands=["plan", "run"])
 
 
-def test_many_recipes_are_told_in_one_line():
+def test_list_of_many_recipes_is_cut_to_one_line():
     write(*(f"sweep-{i}.yaml" for i in range(300)))
-    with pytest.raises(UserError, match=r"sweep-11, 288 more; with podlaunch") as refused:
+    with pytest.raises(UserError, match=r"sweep-11, 288 more; built-in recipes") as refused:
         find("zzz")
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("word", ["clusters", "prices", "schema", ".", "", "x" * 300, "a\0b"])
-def test_what_is_no_recipe(word: str):
+def test_names_that_are_not_recipes_are_refused(word: str):
     write("configs/clusters.yaml", "configs/prices.yaml")
     with pytest.raises(UserError, match="no such recipe"):
         find(word)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
-from launcher.shipping import LOCK, SETUP
+from launcher.remote.shipping import LOCK, SETUP
 
 # The newest that the script looks for. Making an environment takes seconds, so all but the first are copies.
 PYTHON = """\
