@@ -1,13 +1,14 @@
-# Each target does all its own set-up; CI calls `make test`.
+# Each target does all its own set-up; .ci/run calls those of `make test` one by one, to time them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TESTBED = slurm-wlm munge openssh-server iproute2
 
-.PHONY: help quickstart test test-fast test-client test-clusters testbed check format lock clean
+.PHONY: help install quickstart test test-fast test-client test-clusters testbed check format lock clean
 
 help:
+	@echo "make install      the packages, in $(VENV)"
 	@echo "make quickstart   train a ResNet here and now, on two processes"
 	@echo "make test         checks, then all tests"
 	@echo "make test-fast    the tests that start no processes"
@@ -25,6 +26,8 @@ $(READY): requirements.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+install: $(READY)
+
 quickstart: $(READY)
 	$(BIN)/launch configs/quickstart.yaml
 
@@ -34,7 +37,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check testbed test-fast test-clusters
+test: install check testbed test-fast test-clusters
 
 test-fast: $(READY)
 	$(BIN)/pytest -m "not cluster" --numprocesses 2 --dist worksteal
