@@ -5,9 +5,10 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TESTBED = slurm-wlm munge openssh-server iproute2
 
-.PHONY: help quickstart test test-fast test-client test-clusters testbed check format lock clean
+.PHONY: help install quickstart test test-fast test-client test-clusters testbed check format lock clean
 
 help:
+	@echo "make install        install the locked packages in $(VENV)"
 	@echo "make quickstart     train a ResNet on this machine, with two processes"
 	@echo "make test           run all checks, then all tests"
 	@echo "make test-fast      run the tests that start no worker processes"
@@ -26,6 +27,8 @@ $(READY): requirements.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+install: $(READY)
+
 quickstart: $(READY)
 	$(BIN)/launch configs/quickstart.yaml
 
@@ -35,7 +38,13 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check testbed test-fast test-clusters
+# One step after another, each with its seconds in the file that STEP_SECONDS names, if it names one.
+test:
+	@for step in install check testbed test-fast test-clusters; do \
+	  begun=$$(date +%s); \
+	  $(MAKE) --no-print-directory $$step || exit; \
+	  printf '%6d s  make %s\n' $$(($$(date +%s) - begun)) $$step >>"$${STEP_SECONDS:-/dev/null}"; \
+	done
 
 test-fast: $(READY)
 	$(BIN)/pytest -m "not cluster" --numprocesses 2 --dist worksteal

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.cluster
 
 PAIR = "slurm-2x0"
 REPOSITORY = Path(__file__).parents[2]
+# The quickstart, but for the network: test_quickstart.py has that.
+SHORT = ("model.name=resnet4", "train.epochs=1", "schedule.warmup_epochs=0.5")
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def host_of(run: Run, process: int) -> int:
 def test_quickstart_trains_on_four_nodes(slurm, make_run):
     recipe = REPOSITORY / "configs" / "quickstart.yaml"
     run = make_run(recipe, os.environ | slurm.environment, stub=False)
-    text = text_of(run.launch("train.epochs=1", "schedule.warmup_epochs=0.5", cluster="slurm-4x0"))
+    text = text_of(run.launch(*SHORT, cluster="slurm-4x0"))
     assert "cluster     slurm-4x0: 4 processes × 1 cpu = 4 devices" in text
     assert re.search(r"^completed +step 23 .* 1 attempt", text, re.MULTILINE)
     (attempt,) = run.attempts()

@@ -89,7 +89,9 @@ def _undisturbed(run: Run, cluster: str) -> Run:
 
 def test_quickstart_on_four_vms_from_creation_to_deletion(make_cloud_run: Make, cloud: Cloud) -> None:
     run = make_cloud_run(QUICKSTART, stub=False)
-    launched = run.launch("train.steps=6", "schedule.warmup_epochs=0", cluster="tpu-v4-32")
+    launched = run.launch(
+        "model.name=resnet4", "train.steps=6", "schedule.warmup_epochs=0", cluster="tpu-v4-32"
+    )
     assert launched.wait() == 0, launched.text
     assert "16 chips, 16 chip-hours ($51.52) an hour" in launched.text
     result = run.result()
