@@ -89,9 +89,9 @@ def test_options_of_sbatch_come_over_what_the_cluster_has():
 @pytest.mark.parametrize(
     ("name", "option", "told"),
     [
-        ("slurm-2x1", "nodes=3", "--sbatch nodes=3: nodes is decided by podlaunch"),
+        ("slurm-2x1", "nodes=3", "--sbatch nodes=3: nodes is set by podlaunch"),
         ("slurm-2x1", "p=debug=1 x", None),
-        ("slurm-2x1", "Partition=x", "'Partition' is no option"),
+        ("slurm-2x1", "Partition=x", "'Partition' is not an option"),
         ("slurm-2x1", "time=soon", "must be minutes"),
         ("local-2", "time=3", "cluster local-2 is no SLURM cluster"),
         ("slurm-0x1", "time=3", "0 nodes; allowed: at least 1"),
