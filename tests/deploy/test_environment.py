@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
-from launcher.shipping import LOCK, SETUP
+from launcher.remote.shipping import LOCK, SETUP
 
 REPOSITORY = Path(__file__).parents[2]
 INFO = "parcel-1.0.dist-info"
