@@ -1,4 +1,4 @@
-"""clusters.yaml: what stands in it is checked whole, and every mistake is told at its line."""
+"""clusters.yaml is checked as a whole, and every problem is reported with its line."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "message"),
     [
         ("{nodes: 0}", "a.nodes = 0: must be at least 1"),
         ("{}", "a.nodes is missing"),
@@ -72,11 +72,11 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
         ("{accelerator: v4-8, valid_until_hours: 0}", "a.valid_until_hours = 0: must be above 0"),
     ],
 )
-def test_mistakes_are_told_at_their_line(write, entry, told):
+def test_mistakes_are_told_at_their_line(write, entry, message):
     write(f"\na: {entry}\n")
     with pytest.raises(UserError) as refused:
         named_clusters()
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert str(refused.value).startswith("configs/clusters.yaml:2: ")
 
 
@@ -99,7 +99,7 @@ def test_time_limits_are_read_as_slurm_reads_them(time, expected):
 
 
 @pytest.mark.parametrize("time", ["", "soon", "1:2:3:4", "-5", "1-", "n/a"])
-def test_what_is_no_time_limit(time):
+def test_invalid_time_limits_are_refused(time):
     with pytest.raises(ValueError, match="not a time limit"):
         seconds(time)
 
