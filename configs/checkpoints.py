@@ -84,7 +84,7 @@ def claim(place: str, owner: dict[str, str]) -> None:
             found = _create_file(Path(place) / OWNER, text)
     except OSError as e:
         raise UserError(
-            f"checkpoint.directory = {place} cannot be written: {e.strerror}; name another place"
+            f"checkpoint.directory = {place} cannot be written: {e.strerror}; choose another place"
         ) from None
     try:
         if json.loads(found)["id"] == owner["id"]:
@@ -92,8 +92,8 @@ def claim(place: str, owner: dict[str, str]) -> None:
     except (ValueError, TypeError, KeyError):
         pass  # not a file of ours: refuse it below, as the file of another run
     raise UserError(
-        f"checkpoint.directory = {place} belongs to another run ({found.strip()[:200]}): give this run a place "
-        f"of its own, or delete {place}/{OWNER} for it to take over the checkpoints"
+        f"checkpoint.directory = {place} belongs to another run ({found.strip()[:200]}): choose another "
+        f"place, or delete {place}/{OWNER} to let this run take over the checkpoints"
     )
 
 

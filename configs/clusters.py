@@ -33,7 +33,7 @@ def seconds(time: str) -> float:
         return float("inf")
     match = _TIME.fullmatch(time)
     if match is None:
-        raise ValueError(f"{time!r} is no time")
+        raise ValueError(f"{time!r} is not a time limit")
     days, *rest = match.groups()
     # SLURM reads numbers from the left: hours first after a day or where there are three, otherwise minutes.
     numbers = [int(n) for n in rest if n is not None]
@@ -59,9 +59,11 @@ def _options(options: dict[str, str | int | bool]) -> dict[str, str | int | bool
     # The options become lines of a batch script, which a line break in a value could extend.
     for key, value in options.items():
         if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", key):
-            raise ValueError(f"{key!r} is no option; write its long name without dashes, such as reservation")
+            raise ValueError(
+                f"{key!r} is not an option; write its long name without leading dashes, such as reservation"
+            )
         if key in OURS:
-            raise ValueError(f"{key} is decided by podlaunch; remove it")
+            raise ValueError(f"{key} is set by podlaunch; remove it")
         if isinstance(value, str):
             _one_line(value)
     return options
@@ -71,7 +73,7 @@ def _variables(variables: Names) -> Names:
     # The names are written into shell scripts unquoted, so nothing but a shell's own names may pass.
     for name in variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"{name!r} is no name of a variable")
+            raise ValueError(f"{name!r} is not a valid name of a variable")
     return variables
 
 
@@ -80,8 +82,8 @@ def _labels(labels: dict[str, str]) -> dict[str, str]:
     for key, value in labels.items():
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) or not re.fullmatch(r"[a-z0-9_-]{0,63}", value):
             raise ValueError(
-                f"{key}: {value} is no label; both have lowercase letters, digits, - and _, at most 63, "
-                "and the first begins with a letter"
+                f"{key}: {value} is not a valid label; key and value have at most 63 lowercase letters, digits, - and _, "
+                "and the key begins with a letter"
             )
         # `launch gc` finds what podlaunch created, and its run, by labels with this prefix.
         if key.startswith("podlaunch"):
@@ -265,7 +267,9 @@ def named_clusters() -> dict[str, SlurmCluster | TpuCluster]:
             continue
         for name, cluster in load_entries(file, _kind).items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise UserError(f"{file}: {name!r}: a cluster's name has letters, digits, dots and dashes")
+                raise UserError(
+                    f"{file}: {name!r}: a cluster's name has letters, digits, dots, dashes and underscores"
+                )
             found.setdefault(name, cluster)
     return found
 

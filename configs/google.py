@@ -116,7 +116,7 @@ def denied(where: str, status: int, roles: str) -> str:
 
 def refused(where: str, error: Exception) -> str:
     """Message for credentials that Google refuses, such as expired ones."""
-    return f"{where}: the Google credentials were refused ({first_line(error)}); renew them, as with {LOG_IN}"
+    return f"{where}: the Google credentials were refused ({first_line(error)}); renew them, for example with {LOG_IN}"
 
 
 def first_line(error: BaseException) -> str:

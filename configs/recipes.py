@@ -48,7 +48,7 @@ def _unknown(word: str, commands: Sequence[str]) -> str:
 
 
 def _names(*folders: Path) -> list[str]:
-    files = (file for folder in folders for suffix in SUFFIXES for file in folder.glob(f"*{suffix}"))
+    files = (file for folder in folders for suffix in SUFFIXES for file in folder.glob(f"[!.]*{suffix}"))
     return sorted({file.stem for file in files} - set(NO_RECIPES), key=_by_number)
 
 

@@ -1,4 +1,4 @@
-"""Four CPU devices in every test process, cache folders of the session's own, and a Cloud Storage to each test."""
+"""Four CPU devices in every test process, separate cache folders for the session, and a fake Cloud Storage."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[gcs_server.Server]:
-    """A Cloud Storage of the test's own, which Google's client, gcsfs and TensorStore find, here and in children."""
+    """A fake Cloud Storage for this test; Google's client, gcsfs and TensorStore use it, here and in child processes."""
     server = gcs_server.Server()
     for name, value in gcs_server.environment(server.address).items():
         monkeypatch.setenv(name, value)

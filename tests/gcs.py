@@ -1,7 +1,7 @@
 """Google Cloud Storage's JSON API on a loopback port, in memory, with faults on demand.
 
-As much of the protocol as Google's client, gcsfs and TensorStore use (https://cloud.google.com/storage/docs/json_api),
-with the conditions, ranges and generations as the service has them. Tests use the fixture `gcs`;
+Implements the part of https://cloud.google.com/storage/docs/json_api that Google's client, gcsfs and TensorStore use,
+with the conditions, ranges and generations of the real service. Tests use the fixture `gcs`;
 `python -m tests.gcs --latency 0.03` serves other processes, which set faults by POST /faults.
 """
 
@@ -48,46 +48,46 @@ class Stored:
 
 @dataclass(frozen=True)
 class Access:
-    """One request as it was answered."""
+    """One answered request."""
 
     operation: str
     object: str
     range: str | None
     generation: int | None
-    """The one asked for."""
+    """The generation that the request named."""
     status: int
     bytes: int
 
 
 @dataclass
 class Fault:
-    """What goes wrong, with which requests, and how often."""
+    """A fault: its kind, the requests that it affects, and how often."""
 
     kind: Literal["status", "reset", "short", "corrupt", "stall", "slow"]
-    """`reset` (RST) and `short` (FIN) break the body off at `at`; `corrupt` flips the byte there; `stall` pauses
-    there for `seconds` or until `release()`; `slow` holds back the first byte for `seconds`."""
+    """`reset` (RST) and `short` (FIN) truncate the body at `at`; `corrupt` flips the byte there; `stall` pauses
+    there for `seconds` or until `release()`; `slow` delays the first byte by `seconds`."""
     object: str = "*"
-    """Pattern of names, without the bucket."""
+    """Pattern of object names, without the bucket."""
     operation: Operation | Literal["*"] = "read"
     start: tuple[int, int] | None = None
-    """Only ranges that begin at or after the first and before the second byte."""
+    """Only ranges whose first byte lies between these two, the second excluded."""
     status: int = 503
     at: float = 0.5
-    """SlurmTask in the body, as a share of it."""
+    """Place of the fault in the body, as a share of its length."""
     seconds: float = 60.0
     after: int = 0
-    """Matching requests that go through first."""
+    """Number of matching requests that succeed first."""
     count: int | None = None
-    """How many are hit then."""
+    """Number of requests that are affected after those; None: all."""
     each: bool = False
-    """`after` and `count` are for each (operation, object, range) instead of for all together."""
+    """Count `after` and `count` separately for each (operation, object, range)."""
     share: float = 1.0
-    """Of those, which are hit: drawn by `seed` and the request, not by the order in which threads arrive."""
+    """Share of those requests that is affected, drawn from `seed` and the request, whatever the order of threads."""
     seed: int = 0
     _seen: dict[Any, int] = field(default_factory=lambda: defaultdict(int), repr=False)
 
     def hits(self, operation: str, name: str, span: str | None) -> bool:
-        """Whether it befalls this request; counts it. Called under the server's lock."""
+        """Count this request, and return whether the fault affects it. Called with the server's lock held."""
         if self.operation not in ("*", operation) or not fnmatchcase(name, self.object):
             return False
         if self.start is not None:
@@ -132,14 +132,14 @@ class Request:
 
 
 class Server:
-    """A running server: `address`, `put` and `contents`, `faults` and `latency`, and what it has counted."""
+    """A running server: its `address`, the objects, `faults` and `latency`, and a log of the requests."""
 
     def __init__(self, *buckets: str, host: str = "127.0.0.1", port: int = 0, latency: float = 0.0):
         self.latency = latency
         """Seconds to the first byte of every answer."""
         self.faults: list[Fault] = []
         self.denied: set[str] = set()
-        """Permissions that the client is told it has not."""
+        """Permissions that the credentials lack."""
         self.log: list[Access] = []
         self.connections = 0
         self.max_concurrent = 0
@@ -199,15 +199,15 @@ class Server:
             }
 
     def release(self) -> None:
-        """Let all that stalls or is slow go on, now and later."""
+        """End all stalls and delays, present and future."""
         self._released.set()
 
     def reads(self, pattern: str = "*") -> list[Access]:
-        """Requests for objects' contents."""
+        """The logged requests for contents of objects."""
         return [a for a in list(self.log) if a.operation == "read" and fnmatchcase(a.object, pattern)]
 
     def counters(self) -> dict[str, int]:
-        """The log in figures."""
+        """Totals of the log."""
         return {
             "requests": len(self.log),
             "reads": len(self.reads()),
@@ -218,7 +218,7 @@ class Server:
         }
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Clear the log and its totals."""
         with self.lock:
             self.log.clear()
             self.connections = self.max_concurrent = 0
@@ -248,7 +248,7 @@ class Server:
                 self._concurrent -= 1
 
     def answer(self, request: Request) -> tuple[Operation, Fault | None, Reply]:
-        """Find and do what is asked, unless a fault comes before it."""
+        """Route and carry out a request, unless a fault affects it."""
         operation, handle = self._route(request)
         span = request.headers.get("Range")
         with self.lock:
@@ -280,7 +280,7 @@ class Server:
         return _json(self.counters())
 
     def _route(self, request: Request) -> tuple[Operation, Callable[["Server", Request], Reply]]:
-        """What is asked, of which object, and the method that does it."""
+        """The operation, its object, and the method that carries it out."""
         for method, pattern, operation, handle in _ROUTES:
             found = re.fullmatch(pattern, request.path)
             if found and request.method == method:
@@ -417,7 +417,7 @@ class Server:
         return _json(self.objects[request.bucket, request.name].meta)
 
     def _found(self, request: Request) -> Stored:
-        """The object as asked for: in that generation, under those conditions."""
+        """The object in the generation, and under the conditions, of the request."""
         stored = self.objects.get((request.bucket, request.name))
         if stored is not None:
             self._check(request, stored)
@@ -486,7 +486,7 @@ def _abort(connection: socket.socket) -> None:
 
 
 def environment(address: str) -> dict[str, str]:
-    """What makes the clients talk to a server here, and to nothing else."""
+    """Environment with which the clients use only the server at `address`."""
     return {
         "STORAGE_EMULATOR_HOST": address,  # Google's client, gcsfs
         "TENSORSTORE_GCS_HTTP_URL": address,
@@ -555,7 +555,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _spoil(self, fault: Fault, body: memoryview, at: int) -> memoryview:
-        """Let a fault befall a body at one place of it; what then is still to be sent."""
+        """Apply a fault to a body at its place; returns the rest that is still to be sent."""
         if fault.kind == "corrupt":
             return memoryview(bytes(body[:at]) + bytes([body[at] ^ 1]) + bytes(body[at + 1 :]))
         if fault.kind in ("status", "slow"):

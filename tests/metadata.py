@@ -1,7 +1,7 @@
-"""The metadata server of a Compute Engine VM, as far as programs on a TPU VM ask it.
+"""The part of a Compute Engine VM's metadata server that programs on a TPU VM use.
 
-`python -m tests.metadata FILE` serves what stands in FILE, a JSON object of objects, and reads it at each
-request: who writes the file changes the metadata.
+`python -m tests.metadata FILE` serves the nested JSON object in FILE and reads it again at each request, so that
+writing the file changes the metadata.
 https://cloud.google.com/compute/docs/metadata/querying-metadata
 """
 
@@ -20,7 +20,7 @@ POLL_SECONDS = 0.05
 
 
 class _Server(ThreadingTCPServer):
-    """Not an HTTPServer: that looks its own name up, and hangs where there is no DNS."""
+    """Not an HTTPServer, which looks up its own name and hangs without DNS."""
 
     daemon_threads = True
     allow_reuse_address = True

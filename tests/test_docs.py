@@ -1,10 +1,10 @@
-"""README, CONTRIBUTING and docs/ hold: links resolve, commands run, and tables equal the code.
+"""README, CONTRIBUTING and docs/ are correct: links resolve, commands run, and tables equal the code.
 
-Commands stand in fenced blocks: `bash`, one a line, or `console`, where `$ ` marks a command and what
-follows is its output, `…` standing for anything. Here they are run in a folder with the recipes and a
-finished run, for docs/tpu.md under gs:// and with its slice; a command that would train is run with --dry-run.
+Commands are in fenced blocks: `bash`, one per line, or `console`, where `$ ` marks a command and its output
+follows, in which `…` matches any text. They are run in a folder with the recipes and a finished run; for docs/tpu.md
+the run is under gs:// and its slice exists. A command that would train is run with --dry-run.
 
-    python -m tests.test_docs        writes the tables of fields in docs/configs.md anew
+    python -m tests.test_docs        regenerates the tables of fields in docs/configs.md
 """
 
 import ast
@@ -223,7 +223,7 @@ def a_script(command: str, shown: list[str]) -> None:
 
 
 def in_the_slurm_tests(command: str, shown: list[str]) -> None:
-    """Run there, with few nodes."""
+    """A command that tests/clusters/test_slurm.py runs, with fewer nodes."""
     tests = (REPOSITORY / "tests" / "clusters" / "test_slurm.py").read_text(encoding="utf-8")
     words = [word for word in command.split() if word in ("worker", "--kill-on-bad-exit=1")]
     file = [Path(word).name for word in command.split() if word.startswith("deploy/")]
@@ -231,22 +231,22 @@ def in_the_slurm_tests(command: str, shown: list[str]) -> None:
     assert [word for word in words + file if f'"{word}"' not in tests] == []
 
 
-def told_by_launch(command: str, shown: list[str]) -> None:
-    """What `launch` tells the user to type, with another last word."""
+def suggested_by_launch(command: str, shown: list[str]) -> None:
+    """A command that a message of `launch` suggests, with another last argument."""
     said = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (google, cloud_tpu))
     assert f"`{command.rpartition(' ')[0]} " in said
 
 
 def parsed_by_launch(command: str, shown: list[str]) -> None:
-    """A command of `launch`, perhaps one that gcloud is to run; understood here, and not done."""
+    """A command of `launch`, possibly run through gcloud; it is parsed but not executed."""
     words = shlex.split(command)
     launch, name, *arguments = shlex.split(words[-1]) if words[0] == "gcloud" else words
     assert launch == "launch"
     main.commands[name].make_context(name, arguments)
 
 
-def somebody_elses(command: str, shown: list[str]) -> None:
-    """Not ours to check."""
+def unchecked(command: str, shown: list[str]) -> None:
+    """A command of another program, which is not checked."""
 
 
 # Commands that are not run here, even as a dry run, and what is checked instead.
@@ -255,31 +255,31 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "make test": a_make_target,
     "make test-fast": a_make_target,
     "make test-client": a_make_target,
-    "pre-commit install": somebody_elses,
+    "pre-commit install": unchecked,
     "make check": a_make_target,
     "make format": a_make_target,
     "make testbed": a_make_target,
     "sbatch deploy/slurm/train.sbatch configs/r50.yaml": in_the_slurm_tests,
     "srun --kill-on-bad-exit=1 launch worker configs/r50.yaml": in_the_slurm_tests,
-    "python -m tests.launcher.backends.test_slurm": somebody_elses,
+    "python -m tests.launcher.backends.test_slurm": unchecked,
     "make lock": a_make_target,
     ".ci/run": a_script,
-    "python3 -m venv .venv": somebody_elses,
-    "source .venv/bin/activate": somebody_elses,
+    "python3 -m venv .venv": unchecked,
+    "source .venv/bin/activate": unchecked,
     "pip install -e .": an_installable_extra,
     "pip install -e '.[cuda12]'": an_installable_extra,
     "pip install -e '.[test]'": an_installable_extra,
     "tensorboard --logdir runs": an_installed_module,
-    "gcloud auth application-default login": told_by_launch,
-    "gcloud config set project my-project": told_by_launch,
-    "gcloud config set compute/zone us-central2-b": told_by_launch,
-    "gcloud services enable tpu.googleapis.com --project my-project": told_by_launch,
-    "gcloud storage buckets create gs://my-bucket": told_by_launch,
+    "gcloud auth application-default login": suggested_by_launch,
+    "gcloud config set project my-project": suggested_by_launch,
+    "gcloud config set compute/zone us-central2-b": suggested_by_launch,
+    "gcloud services enable tpu.googleapis.com --project my-project": suggested_by_launch,
+    "gcloud storage buckets create gs://my-bucket": suggested_by_launch,
     "launch ssh r152 --host 2": parsed_by_launch,
     "launch ssh r152 --host 2 -- df -h": parsed_by_launch,
     "gcloud compute tpus tpu-vm ssh my-tpu --worker=all --command "
     '"launch worker configs/r152.yaml --root gs://my-bucket/runs"': parsed_by_launch,
-    "python -m tests.test_docs": somebody_elses,
+    "python -m tests.test_docs": unchecked,
 }
 # The other programs that pages may call, and that are run.
 HARMLESS = {"cp"}

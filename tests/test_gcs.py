@@ -80,7 +80,7 @@ def test_listing_is_in_pages_and_folds_folders(gcs: Server, bucket: storage.Buck
     assert [b.name for b in between] == ["a/2", "a/b/3", "a/b/4"]
 
 
-def test_what_is_not_there_is_not_found(gcs: Server, bucket: storage.Bucket) -> None:
+def test_absent_objects_and_buckets_are_not_found(gcs: Server, bucket: storage.Bucket) -> None:
     with pytest.raises(NotFound):
         bucket.blob("absent").download_as_bytes()
     with pytest.raises(NotFound):
@@ -131,7 +131,7 @@ def test_statuses_hit_as_often_as_told_and_are_retried_by_the_client(
     assert [a.status for a in gcs.reads()] == [503, 429, 200]
 
 
-def test_bodies_break_off_or_lie_as_told(gcs: Server, url: str) -> None:
+def test_faults_truncate_or_corrupt_bodies(gcs: Server, url: str) -> None:
     def read(**fault: object) -> bytes:
         gcs.faults = [Fault(count=1, **fault)]  # type: ignore[arg-type]
         with requests.get(url, stream=True, timeout=5) as answer:

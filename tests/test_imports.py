@@ -1,4 +1,4 @@
-"""Imports go one way, and what runs where the user types loads no jax."""
+"""Imports go one way, and the commands of `launch` load no jax."""
 
 import subprocess
 import sys

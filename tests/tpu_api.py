@@ -1,8 +1,8 @@
 """The Cloud TPU API (v2, REST) on a loopback port, in memory, with faults on demand.
 
-As much of https://cloud.google.com/tpu/docs/reference/rest as Google's client speaks with launcher/providers.
-Each body is read as the client library's own message; what that does not know is refused, as Google refuses it.
-`python -m tests.tpu_api --port 8080` serves other processes, without machines.
+Implements the part of https://cloud.google.com/tpu/docs/reference/rest that launcher/providers uses through Google's
+client. Each body is parsed as the client library's message; unknown fields are refused, as by the real service.
+`python -m tests.tpu_api --port 8080` serves other processes, with VMs that have no real machines.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MACHINES = {
     "v5litepod-1": 1, "v5litepod-4": 1, "v5litepod-8": 1, "v5litepod-16": 4, "v5litepod-32": 8,
     "v6e-1": 1, "v6e-4": 1, "v6e-8": 1, "v6e-16": 4, "v6e-32": 8,
 }  # fmt: skip
-"""VMs of each type."""
+"""Number of VMs of each accelerator type."""
 STATUSES = {
     400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
     409: "ALREADY_EXISTS", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE",
@@ -49,14 +49,14 @@ Resource = dict[str, Any]
 
 @dataclass(frozen=True)
 class TestMachine:
-    """What a node's VM really is."""
+    """The machine that stands for a VM of a node."""
 
     __test__ = False  # it is nothing that pytest runs
 
     internal: str
     external: str | None = None
     host_key: str | None = None
-    """Such as `ssh-ed25519 AAAA…`."""
+    """Public host key, such as `ssh-ed25519 AAAA…`."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Fault:
 @dataclass(frozen=True)
 class Asked:
     path: str
-    """Below /v2/, without what follows a colon."""
+    """Path below /v2/, without the custom method after a colon."""
     query: Mapping[str, str]
     body: bytes
 
@@ -94,7 +94,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class MalformedError(Refused):
-    """The client has not kept to the API."""
+    """The request violates the API."""
 
     def __init__(self, message: str, code: int = 400):
         super().__init__(code, message)
@@ -105,7 +105,7 @@ def nothing(node: Resource, machines: list[TestMachine]) -> None:
 
 
 class Server:
-    """A running server: `address`, what there is, what is to go wrong, and what was asked."""
+    """A running server: its `address`, the resources, the faults, and a log of the requests."""
 
     def __init__(
         self,
@@ -117,19 +117,19 @@ class Server:
         port: int = 0,
     ):
         self.seconds = 0.1
-        """How long each state lasts."""
+        """Seconds that each state lasts."""
         self.page = 2
-        """Entries of a list in one answer, at most."""
+        """Largest number of entries per page of a list."""
         self.nodes: dict[str, Resource] = {}
-        """By full name, as the API writes them."""
+        """Nodes by full name, in the JSON form of the API."""
         self.queued_resources: dict[str, Resource] = {}
         self.operations: dict[str, Resource] = {}
         self.log: list[tuple[str, str]] = []
         """HTTP method and path of each request."""
         self.rejected: list[str] = []
-        """Requests that are none of the API, and why."""
+        """Requests that violate the API, with the reason."""
         self.hold = False
-        """Whether queued resources stay in the queue, until `release()`."""
+        """Whether queued resources wait in the queue until `release()`."""
         self.answers_host_keys = True
         self.lock = threading.RLock()
         self._started, self._changed, self._ended = started, changed, ended
@@ -151,14 +151,14 @@ class Server:
     # What tests do to it
 
     def release(self) -> None:
-        """Let what waits in the queue go on."""
+        """Let the resources that wait in the queue proceed."""
         with self.lock:
             self.hold = False
             for name in self.queued_resources:
                 self._later(self._provision, name)
 
     def preempt(self, node: str) -> None:
-        """Take the machines of a node away, by its full name or the last part of it."""
+        """Preempt a node, which is given by its full name or the last part of it."""
         with self.lock:
             name = next(n for n in self.nodes if n == node or n.endswith(f"/nodes/{node}"))
             self.nodes[name]["state"] = "PREEMPTED"
@@ -169,7 +169,7 @@ class Server:
         self._end(name)
 
     def creation_fails(self, message: str) -> None:
-        """Have the next queued resource fail when it is its turn."""
+        """Make the next queued resource fail when it is provisioned."""
         self._failure = message
 
     def fail_next(
@@ -182,8 +182,8 @@ class Server:
         times: int = 1,
         in_operation: bool = False,
     ) -> None:
-        """Refuse the next requests of a method such as `queuedResources.create`, or of any; or let it begin an
-        operation that ends so."""
+        """Refuse the next requests of a method such as `queuedResources.create`, or of any method; or let the request
+        start an operation that ends with this error."""
         with self.lock:
             self._faults += times * [Fault(method, Refused(status, message, reason), in_operation)]
 
@@ -273,7 +273,7 @@ class Server:
                 self._set(queued, "SUSPENDED", stateInitiator="USER")
 
     def _end(self, name: str) -> None:
-        """Take back a node's machines."""
+        """Free the machines of a node."""
         with self.lock:
             machines, node = self._given.pop(name, None), self.nodes.get(name)
         if machines is None or node is None:
@@ -288,14 +288,14 @@ class Server:
     def _call(
         self, told: Callable[[Resource, list[TestMachine]], None], node: Resource, machines: list[TestMachine]
     ) -> None:
-        """Tell a testbed, outside of the lock: it may take its time, and ask."""
+        """Call a callback of the testbed without holding the lock: it may be slow, and may send requests itself."""
         try:
             told(copy.deepcopy(node), machines)
         except Exception:  # noqa: BLE001  (of a test: this server goes on)
             traceback.print_exc()
 
     def _give(self, nodes: Mapping[str, Resource]) -> bool:
-        """Give machines to nodes, if there are enough for all."""
+        """Assign machines to nodes if there are enough for all of them."""
         counts = {name: _num_machines(spec) for name, spec in nodes.items()}
         if self._free is not None and sum(counts.values()) > len(self._free):
             return False
@@ -351,7 +351,7 @@ class Server:
         return self._operation(asked, error={"code": CODES[error["status"]], "message": error["message"]})
 
     def _operation(self, asked: Asked, **result: Any) -> Resource:
-        """One that is done when it is next asked for."""
+        """An operation that is done at its next request."""
         name = f"projects/{PROJECT}/locations/{asked.zone}/operations/operation-{next(self._numbers)}"
         metadata = {
             "@type": "type.googleapis.com/google.cloud.tpu.v2.OperationMetadata",
@@ -503,7 +503,7 @@ _EMPTY = {"@type": "type.googleapis.com/google.protobuf.Empty"}
 
 
 def _parsed(message: Any, body: bytes) -> Resource:
-    """A body as JSON with the API's own names. Refuses what the message does not know, as Google does."""
+    """A body as JSON with the field names of the API. Refuses unknown fields, as Google does."""
     try:
         parsed = message.from_json(body.decode() or "{}", ignore_unknown_fields=False)
     except json_format.ParseError as e:
@@ -533,7 +533,7 @@ def _num_machines(node: Resource) -> int:
 
 
 def _node_ids(queued: Resource) -> list[tuple[Resource, str]]:
-    """Each spec with the id of each of its nodes."""
+    """(spec, node id) for each node of a queued resource."""
     found = []
     for spec in queued["tpu"]["nodeSpec"]:
         several = spec.get("multisliceParams", {})
@@ -574,7 +574,7 @@ def _now() -> str:
 
 
 def environment(address: str) -> dict[str, str]:
-    """What makes launcher/providers talk to a server here, and to nothing else."""
+    """Environment with which launcher/providers uses only the server at `address`."""
     return {
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": address,
         "GOOGLE_CLOUD_PROJECT": PROJECT,

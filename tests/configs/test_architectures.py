@@ -1,4 +1,4 @@
-"""Parameters and FLOPs are counted right without building the network; tests/models holds it to the parameters."""
+"""Parameters and FLOPs are counted without building the network; tests/models compares the parameters with it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""clusters.yaml: what stands in it is checked whole, and every mistake is told at its line."""
+"""clusters.yaml is checked as a whole, and every problem is reported with its line."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "message"),
     [
         ("{nodes: 0}", "a.nodes = 0: must be at least 1"),
         ("{}", "a.nodes is missing"),
@@ -42,10 +42,10 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
         ("{nodes: 1, partion: x}", 'a.partion: unknown key; did you mean "partition"? (a has: nodes, '),
         ("{nodes: 1, time: soon}", "a.time = soon: must be minutes, hours:minutes:seconds, days-hours"),
         ('{nodes: 1, partition: "x\\ny"}', 'a.partition = "x\\ny": must be one line of text'),
-        ("{nodes: 1, sbatch: {nodes: 2}}", "a.sbatch = {nodes: 2}: nodes is decided by podlaunch"),
-        ("{nodes: 1, sbatch: {--exclusive: true}}", "'--exclusive' is no option; write its long name"),
+        ("{nodes: 1, sbatch: {nodes: 2}}", "a.sbatch = {nodes: 2}: nodes is set by podlaunch"),
+        ("{nodes: 1, sbatch: {--exclusive: true}}", "'--exclusive' is not an option; write its long name"),
         ('{nodes: 1, sbatch: {comment: "x\\ny"}}', "must be one line of text"),
-        ("{nodes: 1, environment: {A B: x}}", "'A B' is no name of a variable"),
+        ("{nodes: 1, environment: {A B: x}}", "'A B' is not a valid name of a variable"),
         ("{nodes: 1, environment: {A: 1}}", "a.environment.A = 1: must be text"),
         ("{nodes: 1, container: {imag: x}}", 'a.container.imag: unknown key; did you mean "image"?'),
         ("{nodes: 1, process_per: gpus}", 'a.process_per = gpus: allowed: node, gpu; did you mean "gpu"?'),
@@ -61,19 +61,22 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
         ("{accelerator: v4-8, reservation: r}", "a.reservation needs provisioning = reserved"),
         ("{accelerator: v4-8, iap_group: g}", "a.iap_group needs reach = iap"),
         ("{accelerator: v4-8, external_ips: false}", "a.external_ips = false needs reach = internal or iap"),
-        ("{accelerator: v4-8, labels: {Team: x}}", "Team: x is no label; both have lowercase letters"),
-        ("{accelerator: v4-8, labels: {team: a b}}", "team: a b is no label"),
+        (
+            "{accelerator: v4-8, labels: {Team: x}}",
+            "Team: x is not a valid label; key and value have at most 63 lowercase letters",
+        ),
+        ("{accelerator: v4-8, labels: {team: a b}}", "team: a b is not a valid label"),
         ("{accelerator: v4-8, labels: {team: 1}}", "a.labels.team = 1: must be text"),
         ("{accelerator: v4-8, labels: {podlaunch-run: x}}", "podlaunch-run is set by podlaunch"),
-        ("{accelerator: v4-8, secrets: [A=1]}", "'A=1' is no name of a variable"),
+        ("{accelerator: v4-8, secrets: [A=1]}", "'A=1' is not a valid name of a variable"),
         ("{accelerator: v4-8, valid_until_hours: 0}", "a.valid_until_hours = 0: must be above 0"),
     ],
 )
-def test_mistakes_are_told_at_their_line(write, entry, told):
+def test_mistakes_are_told_at_their_line(write, entry, message):
     write(f"\na: {entry}\n")
     with pytest.raises(UserError) as refused:
         named_clusters()
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert str(refused.value).startswith("configs/clusters.yaml:2: ")
 
 
@@ -96,8 +99,8 @@ def test_time_limits_are_read_as_slurm_reads_them(time, expected):
 
 
 @pytest.mark.parametrize("time", ["", "soon", "1:2:3:4", "-5", "1-", "n/a"])
-def test_what_is_no_time_limit(time):
-    with pytest.raises(ValueError, match="no time"):
+def test_invalid_time_limits_are_refused(time):
+    with pytest.raises(ValueError, match="not a time limit"):
         seconds(time)
 
 

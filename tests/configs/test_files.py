@@ -1,4 +1,4 @@
-"""Files that another process reads are whole, and the cache is where users expect it."""
+"""Files are replaced atomically, and the cache folder follows XDG_CACHE_HOME."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Recipes and overrides become a RunConfig, or errors that teach: file, line, key, value, what is allowed."""
+"""Recipes and overrides become a RunConfig, or errors with file, line, key, value and what is allowed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -114,8 +114,8 @@ def test_records_are_asked_for_all_that_a_plan_needs_of_them(complaints):
 
 
 def test_problems_of_a_section_and_of_its_fields_elsewhere_are_told_together(complaints):
-    told = complaints("data: {source: digits, image_size: 9}\ntrain: {batch_size: 0}")
-    assert [line.split()[1] for line in told] == ["data.image_size", "train.batch_size"]
+    problems = complaints("data: {source: digits, image_size: 9}\ntrain: {batch_size: 0}")
+    assert [line.split()[1] for line in problems] == ["data.image_size", "train.batch_size"]
 
 
 def test_empty_file_is_completed_from_the_command_line(read):

@@ -110,3 +110,11 @@ def test_names_that_are_not_recipes_are_refused(word: str):
     write("configs/clusters.yaml", "configs/prices.yaml")
     with pytest.raises(UserError, match="no such recipe"):
         find(word)
+
+
+def test_hidden_files_are_not_offered_as_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".pre-commit-config.yaml").touch()
+    with pytest.raises(UserError) as refused:
+        find("pre-commit")
+    assert ".pre-commit" not in str(refused.value)

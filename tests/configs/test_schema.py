@@ -1,4 +1,4 @@
-"""The schema stays small and explained, editors get the same one, and the recipes are what they say."""
+"""The schema is small and documented, schema.json equals it, and the recipes match their descriptions."""
 
 import json
 from pathlib import Path

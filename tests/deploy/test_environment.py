@@ -1,4 +1,4 @@
-"""deploy/tpu/environment.sh: a Python from a lock file, made once for each. The package is made here, without a network."""
+"""deploy/tpu/environment.sh builds one environment per lock file; its packages are local files here."""
 
 import hashlib
 import os
@@ -39,7 +39,7 @@ class Host:
         python.chmod(0o755)
 
     def lock(self, content: str) -> None:
-        """Name a package with this content, and have it where pip looks."""
+        """Write a lock file that pins a package with this content, and put the package where pip finds it."""
         self.write_wheel(content)
         digest = hashlib.sha256(self.wheel.read_bytes()).hexdigest()
         (self._code / LOCK).write_text(
@@ -65,24 +65,24 @@ class Host:
         )  # fmt: skip
 
     def python(self) -> str:
-        """The one that is named last."""
+        """Run the script; returns the Python that its last line names."""
         made = self.make()
         assert made.returncode == 0, made.stderr
         return made.stdout.splitlines()[-1]
 
 
-def what_it_has(python: str) -> str:
+def installed_content(python: str) -> str:
     command = [python, "-c", "import parcel; print(parcel.content)"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_each_lock_file_has_a_python_of_its_own_which_is_made_once_and_anew_where_it_failed(
+def test_each_lock_file_has_one_environment_which_is_rebuilt_after_a_failure(
     tmp_path: Path,
 ) -> None:
     host = Host(tmp_path)
     host.lock("content = 'apples'")
     apples = host.python()
-    assert what_it_has(apples) == "apples"
+    assert installed_content(apples) == "apples"
     host.wheel.unlink()
     assert host.python() == apples  # from nothing
 
@@ -98,4 +98,4 @@ def test_each_lock_file_has_a_python_of_its_own_which_is_made_once_and_anew_wher
     host.write_wheel("content = 'pears'")
     pears = host.python()
     assert Path(pears).parents[1] == begun
-    assert (what_it_has(pears), what_it_has(apples)) == ("pears", "apples")
+    assert (installed_content(pears), installed_content(apples)) == ("pears", "apples")

@@ -1,4 +1,4 @@
-"""A plan of the quickstart, for tests that need some plan."""
+"""Plans of the quickstart, for tests that need any plan."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def quickstart() -> Path:
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Callable[..., Plan]:
-    """Plans the quickstart with overrides, on four CPU devices unless told otherwise."""
+    """Plans the quickstart with overrides, by default for four CPU devices."""
 
     def planned(
         *overrides: str, cluster: str = "local-2x2", name: str = "quickstart", root: Path = tmp_path / "runs"

@@ -1,4 +1,4 @@
-"""GPUs are counted from device files, as far as the user lets us see them; TPU names mean what Google makes of them."""
+"""GPUs are counted from device files, limited by CUDA_VISIBLE_DEVICES; TPU names mean what Google defines."""
 
 import pytest
 from google.cloud import tpu_v2
@@ -72,7 +72,7 @@ def test_tpu_names(text, accelerator_type, topology, chips, vms, devices_per_vm,
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("v4-40", "no such size; nearest: tpu-v4-32, tpu-v4-64"),
         ("v4-1", "no such size; nearest: tpu-v4-8"),
@@ -90,7 +90,7 @@ def test_tpu_names(text, accelerator_type, topology, chips, vms, devices_per_vm,
         ("tpu7x-8", "chips newer than v6e do not come through the Cloud TPU API; allowed: v2, "),
     ],
 )
-def test_tpu_names_that_mean_nothing(text, told):
+def test_tpu_names_that_mean_nothing(text, message):
     with pytest.raises(UserError) as refused:
         parse_tpu(text)
-    assert str(refused.value).startswith(f"cluster = tpu-{text}: {told}")
+    assert str(refused.value).startswith(f"cluster = tpu-{text}: {message}")

@@ -1,4 +1,4 @@
-"""A cluster name means one set of processes and devices, or an error with the nearest name."""
+"""A cluster name resolves to processes and devices, or to an error with the nearest name."""
 
 import pytest
 from click.testing import CliRunner
@@ -87,21 +87,21 @@ def test_options_of_sbatch_come_over_what_the_cluster_has():
 
 
 @pytest.mark.parametrize(
-    ("name", "option", "told"),
+    ("name", "option", "message"),
     [
-        ("slurm-2x1", "nodes=3", "--sbatch nodes=3: nodes is decided by podlaunch"),
+        ("slurm-2x1", "nodes=3", "--sbatch nodes=3: nodes is set by podlaunch"),
         ("slurm-2x1", "p=debug=1 x", None),
-        ("slurm-2x1", "Partition=x", "'Partition' is no option"),
+        ("slurm-2x1", "Partition=x", "'Partition' is not an option"),
         ("slurm-2x1", "time=soon", "must be minutes"),
         ("local-2", "time=3", "cluster local-2 is no SLURM cluster"),
         ("slurm-0x1", "time=3", "0 nodes; allowed: at least 1"),
     ],
 )
-def test_options_that_cannot_be_are_refused(name, option, told):
-    if told is None:  # sbatch decides on what only it knows
+def test_invalid_sbatch_options_are_refused(name, option, message):
+    if message is None:  # sbatch decides on what only it knows
         assert resolve(name, (option,)).submission.sbatch == {"p": "debug=1 x"}
         return
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         resolve(name, (option,))
 
 
@@ -165,7 +165,7 @@ def test_settings_of_slurm_are_read_as_in_the_file():
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "told"),
+    ("name", "setting", "message"),
     [
         ("tpu-v4-32", "provisionin=spot", "--set provisionin=spot: tpu-v4-32.provisionin: unknown key; did you "),
         ("tpu-v4-32", "provisioning=spt", "--set provisioning=spt: tpu-v4-32.provisioning = spt: allowed: on-"),
@@ -177,10 +177,10 @@ def test_settings_of_slurm_are_read_as_in_the_file():
         ("local-2", "zone=x", "--set zone=x: cluster local-2 has no settings; see `launch clusters`"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be_are_refused(name, setting, told):
+def test_invalid_settings_are_refused(name, setting, message):
     with pytest.raises(UserError) as refused:
         resolve(name, (), (setting,))
-    assert str(refused.value).startswith(told)
+    assert str(refused.value).startswith(message)
 
 
 # Cloud TPU
@@ -213,7 +213,7 @@ def test_sbatch_is_for_slurm_alone():
         resolve("tpu-v4-8", ("time=3",))
 
 
-def test_sizes_that_are_none_are_told():
+def test_invalid_tpu_sizes_are_refused():
     with pytest.raises(UserError, match="cluster = tpu-v4-40: no such size; nearest: tpu-v4-32, tpu-v4-64"):
         resolve("tpu-v4-40")
 

@@ -1,4 +1,4 @@
-"""What a run costs at the least, and whose prices those are."""
+"""The lower bound of a run's cost, and the prices it is computed from."""
 
 import pytest
 
@@ -93,7 +93,7 @@ def test_the_users_own_prices_go_before_ours(own):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("v4: free", "v4: on-demand = free: must be USD a chip-hour, a number above 0"),
         ("v4: {spot: -1}", "v4: spot = -1: must be USD a chip-hour"),
@@ -105,9 +105,9 @@ def test_the_users_own_prices_go_before_ours(own):
         ("v4: [", "cannot be read: while parsing"),
     ],
 )  # fmt: skip
-def test_prices_that_are_none_are_told(own, text, told):
+def test_invalid_prices_are_refused(own, text, message):
     own(text)
     with pytest.raises(UserError) as refused:
         load_prices()
-    assert str(refused.value).startswith(f"{files()[0]}: {told}")
+    assert str(refused.value).startswith(f"{files()[0]}: {message}")
     assert len(str(refused.value).splitlines()) == 1

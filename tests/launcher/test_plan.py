@@ -1,4 +1,4 @@
-"""The figures of a plan, everything it refuses, and what may change when a run goes on."""
+"""The figures of a plan, everything that it refuses, and what may change when a run is resumed."""
 
 import json
 from pathlib import Path

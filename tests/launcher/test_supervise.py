@@ -1,4 +1,4 @@
-"""Verdicts, restarts and the job_info, with a gang in memory: no processes, no clock."""
+"""Verdicts, restarts and accounting of the supervisor, with gangs in memory: no processes and no waiting."""
 
 import signal
 import socket
@@ -111,7 +111,7 @@ class MemoryBackend:
 
 @dataclass
 class Supervised:
-    """A supervised run: what is said and seen on the way."""
+    """Supervises a run, and records what is announced."""
 
     plan: Plan
     run: RunDirectory
@@ -150,10 +150,12 @@ def supervised(planned, tmp_path):
     return Supervised(plan, run)
 
 
-def crash(code: int = 1, process: int = 1, **told: Any) -> MemoryGang:
-    """A gang of which one process fails, after telling so."""
+def crash(code: int = 1, process: int = 1, **reported: Any) -> MemoryGang:
+    """A gang of which one process fails; with fields of a failure, after reporting it."""
     failure = {"error": "ValueError: no", "traceback": ["Traceback:", "ValueError: no"], "retryable": True}
-    return MemoryGang([Exit(process, code)], reports={process: {"failure": failure | told}} if told else {})
+    return MemoryGang(
+        [Exit(process, code)], reports={process: {"failure": failure | reported}} if reported else {}
+    )
 
 
 def attempt(from_step: int, reached: int, kept: int, wall: float, **seconds: float) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def attempt(from_step: int, reached: int, kept: int, wall: float, **seconds: flo
 # Verdicts
 
 
-def test_who_stopped_a_gang_that_was_not_asked_is_the_backends_to_say(supervised):
+def test_backend_says_who_stopped_a_gang_without_a_stop_request(supervised):
     saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
     assert supervised(MemoryGang(saved, stopper="stopped"))["status"] == "stopped"
 
@@ -192,7 +194,7 @@ def test_abort_without_another_cause_is_the_cause(supervised):
     assert (failure["process"], failure["cause"]) == (0, "SIGABRT")
 
 
-def test_what_the_backend_knows_of_an_end_goes_before_the_log(supervised):
+def test_error_from_the_backend_beats_the_log(supervised):
     lost = Exit(1, 1, host="n2", cause="lost", error="nothing was heard of n2 for 20 s")
     failure = supervised(MemoryGang([lost], logs={1: "noise"}), max_restarts=0)["failure"]
     assert (failure["host"], failure["cause"], failure["error"]) == ("n2", "lost", lost.error)
@@ -201,7 +203,7 @@ def test_what_the_backend_knows_of_an_end_goes_before_the_log(supervised):
 # In a job
 
 
-def test_hosts_that_take_no_other_attempt_have_the_run_go_on_elsewhere(supervised):
+def test_bad_hosts_make_the_job_preempted_instead_of_failed(supervised):
     result = supervised(MemoryGang(CRASH), job="7", hosts_are_good=False)
     assert (result["status"], result["failure"]["process"]) == ("preempted", 1)
     assert "go on elsewhere" in supervised.said[0]
@@ -216,7 +218,7 @@ def test_restarts_are_counted_over_all_jobs_of_a_launch_and_anew_for_the_next(su
     assert [a["job"] for a in supervised.run.attempts.all()] == ["7", next_job, "9", "9"]
 
 
-def test_job_that_never_comes_to_a_checkpoint_is_not_requeued_for_ever(supervised):
+def test_job_is_given_up_after_three_attempts_without_a_checkpoint(supervised):
     saved = [Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]
     ends = [supervised(MemoryGang(saved), job=str(n), begin=n == 0)["status"] for n in range(3)]
     assert ends == ["preempted", "preempted", "failed"]
@@ -277,18 +279,18 @@ def test_cause_is_the_exit_code_or_the_signal(supervised, code, cause):
 
 
 def test_failure_that_a_worker_told_beats_its_log(supervised):
-    told = {
+    reported = {
         "error": "ValueError: no",
         "traceback": [*map(str, range(30)), "ValueError: no"],
         "retryable": True,
     }
-    report = {"host": "there", "step": 7, "failure": told}
+    report = {"host": "there", "step": 7, "failure": reported}
     failure = supervised(MemoryGang(CRASH, logs={1: "noise"}, reports={1: report}), max_restarts=0)["failure"]
     assert (failure["host"], failure["step"], failure["error"]) == ("there", 7, "ValueError: no")
     assert failure["lines"] == [*map(str, range(19, 30)), "ValueError: no"]
 
 
-def test_failure_without_a_word_says_so(supervised):
+def test_failure_with_an_empty_log_says_so(supervised):
     assert supervised(MemoryGang(CRASH), max_restarts=0)["failure"]["error"] == "its log is empty"
 
 
@@ -364,7 +366,7 @@ def test_saved_without_being_asked_is_preempted(supervised):
     assert supervised(MemoryGang([Exit(0, EXIT_SAVED), Exit(1, EXIT_SAVED)]))["status"] == "preempted"
 
 
-def test_done_before_the_wish_is_heard_is_completed(supervised):
+def test_run_completed_despite_a_stop_request_is_completed(supervised):
     supervised.stop_request.verdict = "stopped"
     assert supervised(MemoryGang(COMPLETE))["status"] == "completed"
 
@@ -431,7 +433,7 @@ def test_gang_is_ended_when_the_launcher_itself_fails(supervised):
     assert gang.killed
 
 
-# Hosts that live on without their launcher, and are taken away without its doing
+# Hosts that outlive their launcher, and that can be preempted
 
 
 def test_launcher_that_leaves_ends_nothing_and_writes_nothing(supervised):
@@ -531,7 +533,7 @@ def test_lost_attempt_is_accounted_for_by_the_next_launch(lost):
     assert (last["attempt"], last["from_step"], result["attempts"]) == (3, 10, 3)
 
 
-def test_lost_attempt_ended_with_its_last_word_not_with_the_next_launch(lost):
+def test_lost_attempt_ended_with_its_last_report_not_with_the_next_launch(lost):
     lost(MemoryGang(COMPLETE))
     line = lost.run.attempts.all()[1]
     assert line["wall_seconds"] == pytest.approx(60, abs=2)
@@ -539,7 +541,7 @@ def test_lost_attempt_ended_with_its_last_word_not_with_the_next_launch(lost):
     assert line["ended"] == "2023-11-14T22:14:20+00:00"
 
 
-def test_lost_attempt_that_never_said_a_word_has_a_line_too(supervised):
+def test_lost_attempt_without_a_report_is_recorded_too(supervised):
     supervised.run.attempts.begin({})
     supervised(MemoryGang(COMPLETE))
     assert [(a["attempt"], a["verdict"]) for a in supervised.run.attempts.all()] == [

@@ -1,4 +1,4 @@
-"""What a dry run prints for this machine; processes are started in tests/clusters."""
+"""What a dry run prints for a local cluster; tests/clusters starts the processes."""
 
 import shlex
 import subprocess
@@ -33,8 +33,8 @@ def test_run_directory_survives_a_real_shell(planned, tmp_path, folder):
     plan = planned(root=tmp_path / folder)
     first = local.render(plan).splitlines()[0]
     command = first.replace(shlex.join(local.WORKER), "printenv LAUNCH_RUN")
-    told = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
-    assert told == f"{plan.run_directory}\n"
+    output = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert output == f"{plan.run_directory}\n"
 
 
 def test_every_backend_can_be_loaded_by_its_name():

@@ -1,4 +1,4 @@
-"""The batch script as it is submitted, read by a real shell; jobs are run in tests/clusters."""
+"""The submitted batch script, executed by a real shell; tests/clusters runs whole jobs."""
 
 import subprocess
 import sys
@@ -77,13 +77,13 @@ ODD = [
 
 @pytest.mark.parametrize("odd", ODD)
 def test_run_directory_and_variables_survive_a_real_shell(submitted, tmp_path, odd):
-    told = tmp_path / "told"
+    arguments_file = tmp_path / "arguments"
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$ODD" "$@" > {told}\n')
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$ODD" "$@" > {arguments_file}\n')
     python.chmod(0o755)
     plan = submitted(root=f"/runs/{odd}", nodes=1, python=str(python), environment={"ODD": odd})
     subprocess.run(["bash", "-c", slurm.render(plan)], check=True, cwd=tmp_path)
-    variable, *arguments = told.read_text().split("\0")
+    variable, *arguments = arguments_file.read_text().split("\0")
     assert variable == odd
     assert arguments[-2] == f"/runs/{odd}/quickstart"
     assert not (tmp_path / "canary").exists()
@@ -101,7 +101,7 @@ def test_srun_starts_a_process_a_gpu_or_a_node(submitted, monkeypatch):
     assert per_gpu == ["--nodes=2", "--ntasks=16", "--ntasks-per-node=8"]
 
 
-def test_srun_hands_on_what_sbatch_does_not(submitted, monkeypatch):
+def test_srun_repeats_options_that_it_does_not_inherit_from_sbatch(submitted, monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     assert "--cpus-per-task=8" in srun.srun_command(submitted(nodes=2), attempt=1)
 
@@ -124,7 +124,7 @@ def test_workers_in_a_container_run_on_its_python_and_see_the_run_directory(subm
         ("?", 1),
     ],
 )
-def test_what_srun_says_of_a_task_is_an_exit_code(words, code):
+def test_messages_of_srun_are_read_as_exit_codes(words, code):
     assert srun._code(words) == code
 
 
@@ -148,7 +148,7 @@ def test_only_a_job_that_is_cancelled_is_stopped_by_the_user(fields, restarts, b
     assert slurm_commands.stopped_by(CANCELLED | fields, {"SLURM_RESTART_COUNT": str(restarts)}) == by
 
 
-def test_nothing_known_of_a_job_is_no_reason_not_to_go_on():
+def test_job_of_unknown_state_counts_as_preempted():
     assert slurm_commands.stopped_by({}, {}) == "preempted"
 
 

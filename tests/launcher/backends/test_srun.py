@@ -1,4 +1,4 @@
-"""What the gang of a SLURM step makes of srun's messages; a program that prints them stands for srun."""
+"""How the gang of a SLURM step reads srun's messages, with a script in place of srun."""
 
 import os
 import time
@@ -15,22 +15,22 @@ from launcher.rundir import RunDirectory
 
 
 @pytest.fixture
-def slurm_says(tmp_path, monkeypatch):
-    """Puts a command of SLURM on the path, which runs a script of the shell."""
+def fake_command(tmp_path, monkeypatch):
+    """Puts a shell script in place of a SLURM command on the PATH."""
     programs = tmp_path / "programs"
     programs.mkdir()
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
 
-    def says(command: str, script: str) -> None:
+    def fake(command: str, script: str) -> None:
         (programs / command).write_text(f"#!/bin/sh\n{script}\n")
         (programs / command).chmod(0o755)
 
-    return says
+    return fake
 
 
 @pytest.fixture
-def exits_of(slurm_says, planned, tmp_path, monkeypatch):
+def exits_of(fake_command, planned, tmp_path, monkeypatch):
     """All exits of a gang on the nodes n1 and n2, whose srun is this script."""
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     run = RunDirectory(tmp_path / "runs" / "quickstart")
@@ -38,7 +38,7 @@ def exits_of(slurm_says, planned, tmp_path, monkeypatch):
     run.attempts.begin({})
 
     def exits_of(script: str) -> list[Exit]:
-        slurm_says("srun", script)
+        fake_command("srun", script)
         gang, exits = SrunGang(plan, run, 1), []
         deadline = time.monotonic() + 60
         while len(exits) < 2:
@@ -69,8 +69,8 @@ def test_srun_that_starts_nothing_says_why(exits_of):
 
 
 @pytest.mark.parametrize(("limit", "refused"), [("5:00", True), ("5:01", False), ("UNLIMITED", False)])
-def test_job_needs_more_time_than_saving_takes(slurm_says, planned, limit, refused):
-    slurm_says("squeue", f"echo {limit}")
+def test_job_needs_more_time_than_saving_takes(fake_command, planned, limit, refused):
+    fake_command("squeue", f"echo {limit}")
     plan = planned()  # save_minutes is 5
     if refused:
         with pytest.raises(UserError, match="the time limit of job 12 is 5 minutes, not above the 5 before"):

@@ -1,4 +1,4 @@
-"""What `launch` on Cloud TPU refuses, before anything is created; what it asks for; what it tells of what is left."""
+"""What `launch` on Cloud TPU refuses before it creates anything, what it creates, and what `launch gc` reports."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`launch data …` as a user types it: what it prints, how it ends, and that it loads no jax."""
+"""The `launch data` commands: their output and exit codes, and that they load no jax."""
 
 import shlex
 import subprocess
@@ -48,7 +48,7 @@ def test_convert_says_what_is_there(folder: Path, tmp_path: Path):
     ]
 
 
-def test_what_must_be_mended_is_one_line_and_exit_code_2(folder: Path, tmp_path: Path):
+def test_user_error_is_one_line_and_exit_code_2(folder: Path, tmp_path: Path):
     (folder / "dog").mkdir()
     done = launch("convert", "imagefolder", folder, tmp_path / "out")
     assert done.exit_code == 2

@@ -1,4 +1,4 @@
-"""The `launch` command: what it prints, its exit codes, and that a mistake leaves nothing behind."""
+"""The `launch` command: its output, its exit codes, and that a user error leaves no files."""
 
 import json
 import os
@@ -145,15 +145,15 @@ def test_recipe_may_be_given_by_its_name(tmp_path, command):
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("nowhere", "data.train.path: nowhere: there is no such folder"),
         ("gs://", "names no bucket"),
         (".", "is empty"),
     ],
 )
-def test_data_that_is_not_there_is_told_before_anything_is_made(root, path, told):
-    assert_refused(launch(str(RECIPES / "r50.yaml"), f"data.train.path={path}"), told)
+def test_data_that_is_not_there_is_told_before_anything_is_made(root, path, message):
+    assert_refused(launch(str(RECIPES / "r50.yaml"), f"data.train.path={path}"), message)
     assert not root.exists()
 
 
@@ -520,7 +520,7 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["run", QUICKSTART, "--requeue"], "--requeue belongs into the batch script of a SLURM job"),
         (["run", QUICKSTART, "--detach"], "--detach: cluster local-2x2 has no queue"),
@@ -532,8 +532,8 @@ def test_version():
         (["supervise", "/nowhere/run"], "run directory /nowhere/run is not visible on"),
     ],
 )
-def test_what_belongs_into_a_job_is_refused_outside(root, arguments, told):
-    assert_refused(launch(*arguments), told)
+def test_options_for_slurm_jobs_are_refused_outside_a_job(root, arguments, message):
+    assert_refused(launch(*arguments), message)
     assert not root.exists()
 
 

@@ -1,4 +1,4 @@
-"""An agent keeps the run directory told of its worker, outlives who started it, and keeps secrets to itself."""
+"""An agent uploads the report and log of its worker, outlives its starter, and does not leak secrets."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ SECRET = "of-nobody-else's-business"
 
 @pytest.fixture
 def order(planned, gcs, monkeypatch):
-    """Orders for process 0 of 2. By itself the worker, a stub, waits for the other; `refused`, it ends at once."""
+    """WorkerSpec of process 0 of 2. The worker, a stub, waits for the other process; with `refused`, it ends at once."""
     monkeypatch.setenv("PYTHONPATH", str(STUB))
 
     def order(attempt=1, *, refused=False, place=PLACE, **changes):
@@ -59,7 +59,7 @@ def start(folder, order):
 
 @contextlib.contextmanager
 def watched(folder, attempt=1):
-    """The agent's words, and a pipe to it."""
+    """The agent's messages, and a pipe for commands to it."""
     watch = subprocess.Popen(
         [*COMMAND, "watch", folder, str(attempt)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -91,10 +91,10 @@ def until(condition):
         time.sleep(0.02)
 
 
-# What a worker says
+# The worker's report and log
 
 
-def test_all_that_a_worker_said_is_in_the_bucket_when_it_has_ended(order, tmp_path):
+def test_report_and_log_are_complete_in_the_bucket_after_the_worker_ends(order, tmp_path):
     worker = Agent(tmp_path, order(refused=True))
     worker.start()
     assert worker.wait() == 2
@@ -105,7 +105,7 @@ def test_all_that_a_worker_said_is_in_the_bucket_when_it_has_ended(order, tmp_pa
     assert log == RunDirectory(tmp_path / "run").hosts.read_log(1, 0)
 
 
-def test_words_of_an_earlier_attempt_are_not_taken_for_this_ones(order, tmp_path):
+def test_log_and_report_of_an_earlier_attempt_are_discarded(order, tmp_path):
     local = RunDirectory(tmp_path / "run")
     local.write_plan(agent.Plan.from_json(json.dumps(order().plan)))
     local.hosts.write_report(0, {"phase": "failed", "failure": {"error": "of long ago"}})
@@ -131,7 +131,7 @@ def test_worker_is_asked_to_save_when_its_vm_is_to_be_taken_away(order, tmp_path
     assert worker.notice == "this VM is being preempted"
 
 
-def test_bucket_that_cannot_be_used_is_the_users_to_mend(order, tmp_path, monkeypatch):
+def test_bucket_without_credentials_is_a_user_error(order, tmp_path, monkeypatch):
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
     with pytest.raises(UserError, match=rf"^run directory {PLACE}: there are no Google credentials"):
@@ -164,13 +164,13 @@ def mirrored(planned, tmp_path, gcs):
     return mirrored
 
 
-def test_nothing_is_sent_of_a_worker_that_says_nothing(mirrored):
+def test_nothing_is_uploaded_for_a_silent_worker(mirrored):
     _, sent = mirrored()
     assert sent() == []
     assert sent(final=True) == []
 
 
-def test_process_0_is_followed_and_of_the_others_what_is_news(mirrored):
+def test_every_report_of_process_0_is_uploaded_but_of_others_only_new_phases(mirrored):
     for process, expected in ((0, ["hosts/0.json"]), (1, [])):
         local, sent = mirrored(process)
         local.hosts.write_report(process, {"phase": "training", "step": 1})
@@ -182,7 +182,7 @@ def test_process_0_is_followed_and_of_the_others_what_is_news(mirrored):
         assert sent() == [f"hosts/{process}.json"]
 
 
-def test_others_are_heard_of_from_time_to_time_and_at_the_end(mirrored, monkeypatch):
+def test_reports_of_other_processes_are_uploaded_at_intervals_and_at_the_end(mirrored, monkeypatch):
     local, sent = mirrored()
     local.hosts.write_report(1, {"phase": "training", "step": 1})
     assert sent() == ["hosts/1.json"]
@@ -209,7 +209,7 @@ def test_log_is_sent_when_it_has_grown_and_a_long_one_less_often(mirrored, monke
     assert RunDirectory(PLACE).hosts.read_log(1, 1).endswith(b"three\n")
 
 
-def test_what_could_not_be_sent_is_in_the_next_round(mirrored, gcs, monkeypatch):
+def test_failed_upload_is_repeated_in_the_next_round(mirrored, gcs, monkeypatch):
     monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.2)
     local, sent = mirrored()
     local.hosts.write_report(1, {"phase": "training"})
@@ -224,7 +224,7 @@ def test_what_could_not_be_sent_is_in_the_next_round(mirrored, gcs, monkeypatch)
 # An agent on its own
 
 
-def test_agent_that_has_ended_has_left_word_how_its_worker_did(order, folder):
+def test_exit_code_is_available_after_the_agent_has_ended(order, folder):
     assert start(folder, order(refused=True)).returncode == 0
     until(lambda: agent_pid(folder) is None)
     with watched(folder) as (words, _):
@@ -233,7 +233,7 @@ def test_agent_that_has_ended_has_left_word_how_its_worker_did(order, folder):
     assert b"planned with" in RunDirectory(PLACE).hosts.read_log(1, 0)
 
 
-def test_agent_and_worker_outlive_who_started_them_and_who_watched_and_do_as_they_are_told(order, folder):
+def test_agent_and_worker_outlive_their_starter_and_watcher_and_obey_stop(order, folder):
     assert start(folder, order()).returncode == 0  # its standard input is closed
     pid = agent_pid(folder)
     with watched(folder) as (words, _):
@@ -250,7 +250,7 @@ def test_agent_and_worker_outlive_who_started_them_and_who_watched_and_do_as_the
     assert not is_alive(worker)
 
 
-def test_secrets_are_the_workers_alone(order, folder, gcs):
+def test_secrets_reach_only_the_environment_of_the_worker(order, folder, gcs):
     assert SECRET not in repr(order(secrets={"TOKEN": SECRET}))
     assert start(folder, order(secrets={"TOKEN": SECRET}, environment={"PLAIN": "seen"})).returncode == 0
     pid = agent_pid(folder)
@@ -304,19 +304,19 @@ def test_agent_that_hangs_is_ended_all_the_same(order, folder, monkeypatch):
     until(lambda: not is_alive(pid) and not is_alive(worker))
 
 
-def test_number_that_is_another_process_by_now_is_no_agent(folder):
+def test_reused_process_id_is_not_taken_for_the_agent(folder):
     (folder / "agent.pid").write_text(str(os.getpid()))
     assert agent_pid(folder) is None
     end_previous(folder)
 
 
-def test_attempt_that_nobody_knows_is_lost(folder):
+def test_unknown_attempt_is_reported_lost(folder):
     with watched(folder, 7) as (words, _):
         (lost,) = words  # to the end of its output
     assert (lost["cause"], lost["error"]) == ("lost", "attempt 7 is not known there")
 
 
-def test_port_that_is_taken_is_an_end_that_another_attempt_may_mend(order, folder):
+def test_port_in_use_is_reported_as_not_started(order, folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert start(folder, order(coordinator=address)).returncode == 0

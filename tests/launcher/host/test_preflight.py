@@ -1,4 +1,4 @@
-"""What a host says of itself before anything runs: chips, data, bucket, ports, and what must be the same everywhere."""
+"""The checks of a host before training: chips, data, bucket, ports, and the fingerprint of its code."""
 
 import contextlib
 import dataclasses
@@ -65,14 +65,14 @@ def holding(*files):
         yield holder.pid
 
 
-def asked(folder, plan, process, address="127.0.0.1", ports=()):
+def request_for(folder, plan, process, address="127.0.0.1", ports=()):
     return PreflightRequest(dataclasses.asdict(plan), process, address, list(ports))
 
 
 # Chips
 
 
-def test_chips_that_are_there_and_free_are_no_problem_and_a_stale_lock_goes(plan, dev):
+def test_free_chips_are_no_problem_and_a_stale_lock_is_removed(plan, dev):
     assert _chip_problems(plan, dev) == []
     assert not preflight.LOCK_FILE.exists()
 
@@ -83,7 +83,7 @@ def test_missing_chips_are_counted(plan, dev):
     assert problem.startswith("3 TPU chips are visible, the plan has 4: delete this TPU")
 
 
-def test_chips_of_another_process_are_told_with_its_name_and_its_lock_stays(plan, dev):
+def test_process_that_uses_the_chips_is_named_and_its_lock_kept(plan, dev):
     with holding(dev / "accel0") as pid:
         (problem,) = _chip_problems(plan, dev)
         assert f"in use by process {pid} ({sys.executable}" in problem
@@ -95,7 +95,7 @@ def test_rehearsal_needs_no_chips(rehearsal, tmp_path):
     assert _chip_problems(rehearsal, tmp_path) == []
 
 
-def test_holders_are_those_of_the_files_asked_for(tmp_path):
+def test_processes_using_finds_the_holders_of_the_given_files_only(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).touch()
     with holding(tmp_path / "a") as first, holding(tmp_path / "b", tmp_path / "a") as second:
@@ -122,24 +122,22 @@ def test_data_on_a_disk_must_be_on_each_hosts(plan, tmp_path):
 
 
 def test_bucket_is_written_by_each_host(rehearsal, tmp_path, gcs):
-    assert run_checks(tmp_path, asked(tmp_path, rehearsal, 2)).problems == []
+    assert run_checks(tmp_path, request_for(tmp_path, rehearsal, 2)).problems == []
     assert json.loads(gcs.contents()["runs/quickstart/hosts/2.json"])["phase"] == "checked"
 
 
 def test_host_that_may_not_write_to_the_bucket_says_so(rehearsal, tmp_path, gcs):
     gcs.faults = [Fault("status", operation="upload", status=403)]
-    (problem,) = run_checks(tmp_path, asked(tmp_path, rehearsal, 2)).problems
+    (problem,) = run_checks(tmp_path, request_for(tmp_path, rehearsal, 2)).problems
     assert "no permission (HTTP 403)" in problem
     assert "\n" not in problem
 
 
-def test_host_that_does_not_reach_the_bucket_says_so_before_a_write_would(
-    rehearsal, tmp_path, gcs, monkeypatch
-):
+def test_unreachable_bucket_is_reported_before_a_write_would_time_out(rehearsal, tmp_path, gcs, monkeypatch):
     monkeypatch.setattr(storage.google, "RETRY_SECONDS", 0.2)
     gcs.faults = [Fault("status", operation="*")]
     begun = time.monotonic()
-    (problem,) = run_checks(tmp_path, asked(tmp_path, rehearsal, 2)).problems
+    (problem,) = run_checks(tmp_path, request_for(tmp_path, rehearsal, 2)).problems
     assert time.monotonic() - begun < 10 < storage.PATIENCE_SECONDS
     assert "cannot be reached" in problem
 
@@ -190,7 +188,9 @@ def test_port_behind_a_firewall_is_not_reached(monkeypatch):
 def test_host_0_answers_and_listens_until_its_standard_input_ends(rehearsal, tmp_path, gcs):
     host_0 = subprocess.Popen([*COMMAND, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with host_0:
-        host_0.stdin.write((json.dumps(dataclasses.asdict(asked(tmp_path, rehearsal, 0))) + "\n").encode())
+        host_0.stdin.write(
+            (json.dumps(dataclasses.asdict(request_for(tmp_path, rehearsal, 0))) + "\n").encode()
+        )
         host_0.stdin.flush()
         first = json.loads(host_0.stdout.readline())
         assert first["problems"] == []
@@ -198,14 +198,14 @@ def test_host_0_answers_and_listens_until_its_standard_input_ends(rehearsal, tmp
         assert abs(first["time"] - time.time()) < 5
         with reserve_port("127.0.0.1") as held:
             closed = held.getsockname()[1]
-        other = run_checks(tmp_path, asked(tmp_path, rehearsal, 1, ports=[*first["ports"], closed]))
+        other = run_checks(tmp_path, request_for(tmp_path, rehearsal, 1, ports=[*first["ports"], closed]))
         assert other.ports == first["ports"]
         assert host_0.poll() is None
     assert host_0.returncode == 0
 
 
-def test_host_0_that_has_not_the_address_it_is_to_have_says_so(rehearsal, tmp_path, gcs):
-    request = asked(tmp_path, rehearsal, 0, address="192.0.2.1")
+def test_host_0_reports_an_address_that_it_does_not_have(rehearsal, tmp_path, gcs):
+    request = request_for(tmp_path, rehearsal, 0, address="192.0.2.1")
     done = subprocess.run(
         [*COMMAND, tmp_path], input=json.dumps(dataclasses.asdict(request)).encode(), capture_output=True
     )

@@ -1,4 +1,4 @@
-"""A worker's place in the gang comes from its environment, whole or not at all."""
+"""A worker's place in the gang comes from four environment variables, which must be set together."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_place_is_what_the_launcher_says(monkeypatch):
         ((None, "4", None), "LAUNCH_COORDINATOR, LAUNCH_PROCESS not set"),
     ],
 )
-def test_half_a_place_is_refused_never_trained_alone(monkeypatch, values, missing):
+def test_incomplete_environment_is_refused_instead_of_training_alone(monkeypatch, values, missing):
     with pytest.raises(UserError, match=missing):
         place(monkeypatch, *values)
 
@@ -41,6 +41,6 @@ def test_half_a_place_is_refused_never_trained_alone(monkeypatch, values, missin
 @pytest.mark.parametrize(
     "values", [("h:1", "four", "3"), ("h:1", "4", "x"), ("h:1", "4", "4"), ("h:1", "0", "0")]
 )
-def test_impossible_place_is_the_users_to_mend(monkeypatch, values):
+def test_impossible_process_number_is_a_user_error(monkeypatch, values):
     with pytest.raises(UserError, match="LAUNCH_PROCESS"):
         place(monkeypatch, *values)

@@ -1,4 +1,4 @@
-"""What a Google VM is told of itself, and that a machine which is none is told nothing."""
+"""What a TPU VM reads from the metadata server, and that other machines read nothing."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ SLICES = "MEGASCALE_SLICE_ID: '1'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_COORDINA
 
 @pytest.fixture
 def vm(tmp_path, monkeypatch):
-    """Puts this process on a VM with such metadata of its instance."""
+    """Makes this process appear to run on a VM with the given instance metadata."""
     file = tmp_path / "metadata.json"
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"file": file}))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -27,7 +27,7 @@ def vm(tmp_path, monkeypatch):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Where nobody answers."""
+    """A machine without a metadata server."""
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
 
 
@@ -87,7 +87,7 @@ def test_one_of_several_slices_knows_where_they_meet(vm):
     assert (worker.slice, worker.slices, worker.megascale_coordinator) == (1, 2, "10.0.0.2")
 
 
-def test_type_is_found_in_the_environment_where_it_has_no_place_of_its_own(vm):
+def test_accelerator_type_falls_back_to_tpu_env(vm):
     own = attributes()
     del own["accelerator-type"]
     vm(attributes=own)
@@ -108,6 +108,6 @@ def test_notice_is_of_a_vm_that_is_to_be_taken_away(vm, preempted, event, words)
     assert found is None if words is None else found.startswith(words)
 
 
-def test_vm_of_which_nothing_is_said_is_not_taken_away(vm):
+def test_vm_without_preemption_metadata_has_no_notice(vm):
     vm(hostname="t1v-n-0")
     assert eviction_notice() is None

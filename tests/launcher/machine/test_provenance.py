@@ -1,4 +1,4 @@
-"""What must be the same on all hosts, and how a difference is told."""
+"""The fingerprint that must be the same on all hosts, and how differences are described."""
 
 import re
 import subprocess
@@ -42,16 +42,16 @@ def test_commit_is_ours_not_that_of_a_repository_we_are_installed_in(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"python": "3.9.1"}, ", planned 3.9.1"),
         ({"packages": {**provenance.fingerprint()["packages"], "jax": "0.1"}}, "jax .*, planned 0.1"),
         ({"packages": {**provenance.fingerprint()["packages"], "torch": "2"}}, "torch none, planned 2"),
     ],
 )
-def test_other_versions_are_named(changed, told):
+def test_other_versions_are_named(changed, message):
     (difference,) = provenance.differences(provenance.fingerprint() | changed)
-    assert re.search(told, difference)
+    assert re.search(message, difference)
 
 
 def test_plan_of_an_earlier_podlaunch_knows_less_and_is_no_difference():

@@ -166,12 +166,12 @@ def test_several_slices(tpu, server):
 
 def test_machines_are_given_out_and_come_back(monkeypatch):
     pool = [TestMachine(f"10.9.0.{i}", host_key=f"ssh-ed25519 AAAA{i} root@t{i}") for i in range(4)]
-    told = []
+    events = []
     server = begun(
         Server(
             list(pool),
-            started=lambda node, machines: told.append(("started", node["metadata"]["ssh-keys"], machines)),
-            ended=lambda node, machines: told.append(("ended", node["name"], machines)),
+            started=lambda node, machines: events.append(("started", node["metadata"]["ssh-keys"], machines)),
+            ended=lambda node, machines: events.append(("ended", node["name"], machines)),
         ),
         monkeypatch,
     )
@@ -187,7 +187,7 @@ def test_machines_are_given_out_and_come_back(monkeypatch):
     until(tpu, "ready", "second")
     assert [m.internal for m in tpu.machines("second")] == [m.internal for m in pool]
     keys = REQUEST.metadata["ssh-keys"]
-    assert told == [
+    assert events == [
         ("started", keys, pool), ("ended", f"{PARENT}/nodes/podlaunch-x", pool), ("started", keys, pool),
     ]  # fmt: skip
     server.close()

@@ -1,4 +1,4 @@
-"""The code for hosts without a shared disk: what is of it, how large it may be, and that only changes travel.
+"""Code for hosts without a shared disk: which files are packed, the size limit, and that only changes are sent.
 
 Hosts receive it with bootstrap.py as they do it: its text is the argument of a Python that may be old.
 """
@@ -96,7 +96,7 @@ def test_checkout_is_what_git_tracks_and_what_it_does_not_ignore(checkout):
     assert CodeArchive(packed).num_bytes == sum((checkout / name).stat().st_size for name in names(packed))
 
 
-def test_name_that_is_no_text_is_packed_too(checkout):
+def test_file_name_that_is_not_utf8_is_packed_too(checkout):
     Path(os.fsdecode(bytes(checkout / "caf") + b"\xe9.py")).write_text("x")
     assert os.fsdecode(b"caf\xe9.py") in CodeArchive(pack(1, checkout)).digests
 
@@ -108,7 +108,7 @@ def test_folder_that_is_no_checkout_is_the_code_of_the_package(tmp_path):
 
 
 def test_installed_package_is_packed_as_a_checkout_lies(tmp_path):
-    """The rooms are inside the package there; in an environment that lies in somebody's checkout, not ignored."""
+    """The rooms are inside the package there, here in an environment within a git repository that tracks it."""
     home = tmp_path / "site-packages" / "podlaunch"
     for name in ("__init__.py", "host.py", "launcher/a.py", "configs/quickstart.yaml"):
         write(home / name, "x")
@@ -168,7 +168,7 @@ def test_host_gets_all_once_and_then_what_changed(checkout, host):
     assert CodeArchive(pack(1, checkout)).delta(host("probe")["files"]) is None
 
 
-def test_files_that_are_no_more_vanish_and_compiled_ones_do_not_matter(checkout, host):
+def test_deleted_files_are_removed_from_the_host_and_bytecode_is_ignored(checkout, host):
     host("receive", CodeArchive(pack(1, checkout)).delta({}))
     write(host.code / "launcher/__pycache__/a.cpython-312.pyc", "x")
     code = CodeArchive(pack(1, checkout))
@@ -201,8 +201,8 @@ def test_folder_may_become_a_file(checkout, host):
     assert (host.code / "x").read_text() == "a file"
 
 
-def test_hosts_find_the_digest_that_the_launcher_has_told(checkout, host):
-    """Whatever lies about in the checkout that git ignores."""
+def test_host_computes_the_same_digest_as_the_launcher(checkout, host):
+    """Files in the checkout that git ignores do not change it."""
     (checkout / ".gitignore").write_text("*.log\nlocal.py\n")
     write(checkout / "launcher/local.py", "mine")
     code = CodeArchive(pack(1, checkout))

@@ -1,4 +1,4 @@
-"""Command lines of OpenSSH as OpenSSH itself reads them, and what becomes of a host that does not answer."""
+"""The command lines of ssh as OpenSSH parses them, and the handling of hosts that do not answer."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def to(tmp_path):
-    """Ssh to three machines of a cluster with such settings."""
+    """Makes an Ssh for three machines of a cluster with the given settings."""
     folder = tmp_path / "connections"
     folder.mkdir()
 
@@ -57,7 +57,7 @@ def to(tmp_path):
 
 
 def read(command):
-    """What OpenSSH makes of a command line, by option."""
+    """The options that OpenSSH parses from a command line."""
     if not shutil.which("ssh"):
         pytest.skip("there is no ssh")
     done = subprocess.run(
@@ -73,7 +73,7 @@ def read(command):
 # The command line
 
 
-def test_host_is_known_by_the_keys_that_the_provider_tells(to, tmp_path):
+def test_host_keys_from_the_provider_are_checked_strictly(to, tmp_path):
     found = read(to().command(1, "true"))
     assert found["hostname"] == ["198.51.100.3"]
     assert found["hostkeyalias"] == ["tpu-1.podlaunch"]
@@ -83,7 +83,7 @@ def test_host_is_known_by_the_keys_that_the_provider_tells(to, tmp_path):
     assert lines == [f"tpu-{k}.podlaunch {KEY}" for k in range(3)]
 
 
-def test_host_whose_keys_nobody_tells_is_known_from_the_first_connection_on(to):
+def test_unknown_host_key_is_accepted_at_the_first_connection_only(to):
     machine = Machine(0, 0, "10.0.0.2", "198.51.100.2", (), "tpu-0.podlaunch")
     assert read(to([machine]).command(0))["stricthostkeychecking"] == ["accept-new"]
 
@@ -154,7 +154,7 @@ def test_arguments_reach_a_command_as_they_are(to):
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
-    """A program in the place of `ssh`, which does what a file says with what it was told to run on the host."""
+    """Puts a shell script in place of `ssh`, with the command for the host in $command."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "ssh"
@@ -173,7 +173,7 @@ FAILS_TWICE = (
 )
 
 
-def test_what_a_command_says_is_its_output_and_what_it_is_told_its_input(to, remote):
+def test_run_passes_input_and_returns_output(to, remote):
     remote('exec sh -c "$command"')
     assert to().run(0, "tr", "a-z", "A-Z", text=b"hello") == b"HELLO"
 
@@ -183,7 +183,7 @@ def test_host_that_is_not_up_yet_is_tried_again(to, remote):
     assert to().run(0, "echo", "up") == b"up\n"
 
 
-def test_host_that_never_answers_is_told_with_the_words_of_ssh(to, remote):
+def test_unreachable_host_is_reported_with_the_message_of_ssh(to, remote):
     remote('echo "ssh: connect to host 198.51.100.3 port 22: Connection timed out" >&2; exit 255')
     words = r"^not reached by ssh in 0 s: ssh: connect to host 198\.51\.100\.3 port 22: Connection timed out$"
     with pytest.raises(HostError, match=words) as found:
@@ -191,7 +191,7 @@ def test_host_that_never_answers_is_told_with_the_words_of_ssh(to, remote):
     assert (found.value.process, found.value.host, found.value.is_users) == (1, "10.0.0.3", False)
 
 
-def test_command_that_fails_is_told_by_its_last_line_and_is_not_tried_again(to, remote, tmp_path):
+def test_failed_command_is_reported_by_its_last_line_and_not_retried(to, remote, tmp_path):
     remote('echo x >>tries; exec sh -c "$command"')
     with pytest.raises(HostError, match=r"^No space left on device$"):
         to().run(0, "sh", "-c", "echo Traceback >&2; echo 'No space left on device' >&2; echo >&2; exit 1")
@@ -213,7 +213,7 @@ def test_ctrl_c_in_the_users_terminal_does_not_reach_commands(to, remote):
     assert int(session) != os.getsid(0)
 
 
-def test_command_that_is_talked_with(to, remote):
+def test_open_command_answers_its_input(to, remote):
     remote('exec sh -c "$command"')
     with to().open(0, "cat") as channel:
         channel.stdin.write(b"stop\n")
@@ -224,7 +224,7 @@ def test_command_that_is_talked_with(to, remote):
 # Many hosts
 
 
-def test_each_host_is_seen_to_at_once_and_answers_come_in_order(to):
+def test_hosts_are_handled_in_parallel_with_results_in_order(to):
     all_of_them = threading.Barrier(3, timeout=10)
 
     def work(process):
@@ -245,7 +245,7 @@ def test_first_failure_in_order_stands_for_all(to):
     assert found.value.__notes__ == ["and 1 more hosts"]
 
 
-def test_connections_are_the_users_alone_and_nothing_of_them_is_left(remote, tmp_path):
+def test_connections_are_private_and_removed_at_the_end(remote, tmp_path):
     remote('echo "$*" >>calls')
     with connected(TpuCluster(accelerator="v4-32"), MACHINES) as ssh:
         folder = next(

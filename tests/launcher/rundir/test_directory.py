@@ -1,4 +1,4 @@
-"""The run directory: names, the lock, the words of the hosts, and files that a crash may cut."""
+"""The run directory: names, the lock, reports of hosts, and files that a crash may truncate."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def run(planned, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a", "R50", "r50-lr0.1_b", "2026-01-01", "a" * 63])
-def test_names_that_folders_objects_and_jobs_can_have(name):
+def test_valid_run_names_are_accepted(name):
     assert check_name(name) == name
 
 
@@ -76,7 +76,7 @@ def test_path_through_a_file_has_no_plan_and_cannot_be_made(planned, tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"resource": []}', "[]", '{"name": "r5'], ids=["foreign", "list", "cut"])
-def test_plan_of_another_program_is_told_to_the_user(tmp_path, text):
+def test_foreign_plan_json_is_a_user_error(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(UserError, match=r"plan\.json"):
         RunDirectory(tmp_path).plan()
@@ -122,7 +122,7 @@ def test_absent_run_is_not_running(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-# Attempts and the words of the hosts
+# Attempts and reports of hosts
 
 
 def test_ledger_ignores_a_line_that_a_crash_has_cut(run):
@@ -143,7 +143,7 @@ def test_ledger_goes_on_behind_a_cut_line(run):
     assert [a["attempt"] for a in run.attempts.all()] == [1, 3]
 
 
-def test_ledger_keeps_what_looks_like_the_end_of_a_line(run):
+def test_ledger_keeps_unicode_line_separators(run):
     attempt = {"attempt": 1, "error": "a\u2028b\x85c\nd"}
     run.attempts.append(attempt)
     assert run.attempts.all() == [attempt]
@@ -166,7 +166,7 @@ def test_attempts_are_numbered_beyond_nine(run):
         assert run.attempts.begin({}) == number
 
 
-def test_each_process_has_its_own_newest_word(run):
+def test_each_process_has_its_own_newest_report(run):
     run.attempts.begin({})
     for step in (1, 2):
         run.hosts.write_report(0, {"step": step})
@@ -251,7 +251,7 @@ def test_attempt_in_a_bucket_begins_with_a_clean_slate(remote):
     assert RunDirectory(remote.location).hosts.report(0) == {"step": 11}
 
 
-def test_ledger_in_a_bucket_grows_whoever_writes_it(remote, gcs):
+def test_ledger_in_a_bucket_is_appended_to_by_several_launchers(remote, gcs):
     remote.attempts.append({"attempt": 1, "error": "größer\n"})
     RunDirectory(remote.location).attempts.append({"attempt": 2})
     assert RunDirectory(remote.location).attempts.all() == [
@@ -271,7 +271,7 @@ def test_log_in_a_bucket_is_followed_as_it_grows(remote):
     assert reader.hosts.read_log(1, 1) == b""
 
 
-def test_run_in_a_bucket_has_one_launcher_and_who_it_is_is_said(remote, monkeypatch):
+def test_run_in_a_bucket_has_one_launcher_which_the_refusal_names(remote, monkeypatch):
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
     monkeypatch.setattr(lease, "LOOK_SECONDS", 0.02)
     assert not remote.is_running()
@@ -295,7 +295,7 @@ def test_stop_request_reaches_a_bucket_s_launcher(remote, monkeypatch):
     assert not remote.stop_requested()
 
 
-def test_lease_alone_is_nothing_strange(gcs):
+def test_directory_with_only_a_lease_has_no_foreign_files(gcs):
     remote = RunDirectory("gs://bucket/runs/new")
     with remote.locked():
         assert not remote.has_foreign_files()
@@ -315,7 +315,7 @@ def test_runs_of_a_bucket_the_last_launched_first(planned, gcs):
     assert [run.name for run in list_runs("gs://bucket/runs")] == ["new", "middle", "old"]
 
 
-def test_plan_of_another_program_in_a_bucket_is_told_to_the_user(gcs):
+def test_foreign_plan_json_in_a_bucket_is_a_user_error(gcs):
     gcs.put("runs/quickstart/plan.json", b'{"resource": []}')
     with pytest.raises(UserError, match=r"^gs://bucket/runs/quickstart/plan\.json is not a plan"):
         RunDirectory("gs://bucket/runs/quickstart").plan()

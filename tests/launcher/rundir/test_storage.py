@@ -1,4 +1,4 @@
-"""Where run directories lie: files of a folder and of a bucket alike, and the lease that keeps launchers apart."""
+"""Storage of run directories: the same operations on a folder and a bucket, and the lease for one launcher."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ def place(request, tmp_path, gcs):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Leases that are renewed ten times a second, and void after one."""
+    """Leases that are renewed every 0.1 s and expire after 1 s."""
     for name, seconds in {"RENEW": 0.1, "LEASE": 1.0, "LOOK": 0.02, "CLOCK": 60.0}.items():
         monkeypatch.setattr(lease, f"{name}_SECONDS", seconds)
     monkeypatch.setattr(storage, "FRESH_SECONDS", 0.0)
@@ -55,13 +55,13 @@ def out_of_order():
 # Files
 
 
-def test_what_is_written_is_read_by_others(place):
+def test_written_file_is_read_by_another_process(place):
     open_files(place).write("plan.json", "größer")
     assert open_files(place).read("plan.json") == "größer"
     assert open_files(place).location == place
 
 
-def test_what_is_not_there_is_none_and_its_removal_is_fine(place):
+def test_absent_file_reads_as_none_and_may_be_deleted(place):
     there = open_files(place)
     assert there.read("plan.json") is None
     assert there.read_from("logs/a", 0) == b""
@@ -92,7 +92,7 @@ def test_names_are_those_of_one_folder(place):
     assert there.names("log") == []
 
 
-def test_delete_takes_a_file_or_all_of_a_folder_and_nothing_of_a_longer_name(place):
+def test_delete_removes_a_file_or_folder_but_not_longer_names(place):
     there = open_files(place)
     for name in ("hosts/0.json", "hosts/1.json", "hosts-2", "result.json", "result.json.old"):
         there.write(name, "x")
@@ -103,7 +103,7 @@ def test_delete_takes_a_file_or_all_of_a_folder_and_nothing_of_a_longer_name(pla
     assert there.read("result.json") is None
 
 
-def test_what_one_has_written_or_deleted_oneself_is_never_stale(place):
+def test_own_writes_and_deletions_are_visible_at_once(place):
     there = open_files(place)
     for text in ("1", "2"):
         there.write("word", text)
@@ -147,7 +147,7 @@ def test_folder_that_cannot_be_written_is_one_line(tmp_path):
 # A bucket
 
 
-def test_what_was_just_read_is_not_asked_for_again(gcs):
+def test_reads_are_cached_until_refresh(gcs):
     there = open_files(PLACE)
     gcs.put("runs/r50/word", b"1")
     assert there.read("word") == "1"
@@ -159,7 +159,7 @@ def test_what_was_just_read_is_not_asked_for_again(gcs):
     assert there.read("word") == "2"
 
 
-def test_last_word_stands_while_the_bucket_is_out_of_reach(gcs, impatient):
+def test_last_content_is_returned_while_the_bucket_is_unreachable(gcs, impatient):
     there = open_files(PLACE)
     there.write("word", "last")
     assert there.read("absent") is None
@@ -173,7 +173,7 @@ def test_last_word_stands_while_the_bucket_is_out_of_reach(gcs, impatient):
     assert there.read("word") == "newer"
 
 
-def test_whatever_is_asked_of_a_bucket_out_of_reach_ends_in_one_line(gcs, impatient):
+def test_every_operation_on_an_unreachable_bucket_fails_with_one_line(gcs, impatient):
     there = open_files(PLACE)
     gcs.faults = [out_of_order()]
     for ask in (
@@ -243,7 +243,7 @@ def test_threads_read_write_and_delete_at_once(gcs):
 # The lease
 
 
-def test_renewed_lease_is_refused_with_who_holds_it(gcs, short, monkeypatch):
+def test_held_lease_is_refused_and_its_holder_named(gcs, short, monkeypatch):
     monkeypatch.setattr(lease, "LEASE_SECONDS", 60.0)
     with open_files(PLACE).locked(0):
         begun = time.monotonic()
@@ -312,7 +312,7 @@ def test_lease_that_is_not_renewed_is_taken_over_and_its_holder_notices(gcs, sho
     assert gcs.contents() == {}
 
 
-def test_lease_of_long_ago_is_not_waited_for(gcs, short, monkeypatch):
+def test_long_expired_lease_is_taken_without_waiting(gcs, short, monkeypatch):
     monkeypatch.setattr(lease, "LEASE_SECONDS", 30.0)
     gcs.put(f"runs/r50/{LEASE}", b'{"host": "h", "pid": 1, "id": "a"}')
     gcs.objects["bucket", f"runs/r50/{LEASE}"].meta["updated"] = "2026-01-01T00:00:00.000Z"
@@ -323,7 +323,7 @@ def test_lease_of_long_ago_is_not_waited_for(gcs, short, monkeypatch):
         assert time.monotonic() - begun < lease.LEASE_SECONDS
 
 
-def test_void_lease_that_goes_away_while_it_is_taken_over_is_taken_all_the_same(gcs, short, monkeypatch):
+def test_expired_lease_deleted_during_the_takeover_is_still_taken(gcs, short, monkeypatch):
     gcs.put(f"runs/r50/{LEASE}", b'{"host": "h", "pid": 1, "id": "a"}')
     mine = lease.Lease(open_files(PLACE)._bucket, f"runs/r50/{LEASE}")
     mine._generation = 17  # of one that was void, and that its holder has deleted since
@@ -356,7 +356,7 @@ def test_of_two_that_want_a_void_lease_one_gets_it(gcs, short):
     assert sorted(outcomes) == ["held", "taken"]
 
 
-def test_lease_written_by_a_request_whose_answer_was_lost_is_ours(gcs, short):
+def test_lease_is_ours_although_the_response_to_its_write_was_lost(gcs, short):
     there = open_files(PLACE)
     # The first is carried out; its answer breaks off, and it is sent again.
     gcs.faults = [Fault("reset", operation="upload", count=1)]
@@ -385,5 +385,5 @@ def test_outage_shorter_than_the_lease_loses_nothing(gcs, short, monkeypatch):
     assert gcs.contents() == {}
 
 
-def test_nothing_is_lost_by_who_never_held_it(gcs):
+def test_lease_that_was_never_held_is_not_lost(gcs):
     assert not Bucket(PLACE).is_lost()
