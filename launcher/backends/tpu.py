@@ -38,7 +38,7 @@ from launcher.rundir import RunDirectory, run_id
 REMOTE = True
 POLL_SECONDS = 5.0
 SILENT_SECONDS = 120.0
-FAILURES_OF_A_BAD_VM = 2
+BAD_VM_FAILURES = 2
 
 
 # What is requested
@@ -308,7 +308,7 @@ def can_restart(plan: Plan, run: RunDirectory) -> bool:
     """True; a slice with a VM that failed twice is deleted first, so that the restart creates another."""
     failures = [a["failure"] for a in run.attempts.of_launch() if a["failure"]]
     counts = Counter(f["host"] for f in failures if f["cause"] in ("lost", "not started"))
-    if failures and counts[failures[-1]["host"]] >= FAILURES_OF_A_BAD_VM and not _cluster(plan).tpu:
+    if failures and counts[failures[-1]["host"]] >= BAD_VM_FAILURES and not _cluster(plan).tpu:
         with contextlib.suppress(UnreachableError, UserError):  # otherwise the restart tries the same slice
             _provider(plan).delete(_name(plan))
     return True

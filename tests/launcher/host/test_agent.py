@@ -208,7 +208,7 @@ def test_log_is_sent_when_it_has_grown_and_a_long_one_less_often(mirrored, monke
 
 
 def test_what_could_not_be_sent_is_in_the_next_round(mirrored, gcs, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(storage, "WRITE_RETRY_SECONDS", 0.2)
     local, sent = mirrored()
     local.hosts.write_report(1, {"phase": "training"})
     local.hosts.write_log(1, 1, "one\n")
@@ -311,7 +311,7 @@ def test_number_that_is_another_process_by_now_is_no_agent(folder):
 def test_attempt_that_nobody_knows_is_lost(folder):
     with watched(folder, 7) as (words, _):
         (lost,) = words  # to the end of its output
-    assert (lost["cause"], lost["error"]) == ("lost", "attempt 7 is not known there")
+    assert (lost["cause"], lost["error"]) == ("lost", "it has no record of attempt 7")
 
 
 def test_port_that_is_taken_is_an_end_that_another_attempt_may_mend(order, folder):
