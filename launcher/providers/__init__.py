@@ -49,7 +49,7 @@ class Condition:
 
     status: str
     """`absent`, `waiting` in the queue, `creating`, `ready`, `repairing` (the machines may come back), `lost` (they
-    do not come back by themselves), or `leaving` (they are being deleted)."""
+    do not come back by themselves), or `deleting`."""
     detail: str = ""
     """What the provider says."""
     owner: str = field(default="", compare=False)
@@ -80,10 +80,8 @@ class Resource:
 
     name: str
     zone: str
-    kind: str
-    """`node` or `queued resource`."""
     accelerator_type: str
-    state: Condition
+    condition: Condition
     created: datetime
     labels: Mapping[str, str]
     description: str

@@ -126,7 +126,7 @@ class Follower:
         ):  # it is this machine that is cut off, so the silence says nothing
             self._silent_since = dict.fromkeys(self._silent_since, time.monotonic())
             return
-        if condition.status in ("lost", "absent", "leaving"):
+        if condition.status in ("lost", "absent", "deleting"):
             process = min(self.running, default=0)
             host, error = self._machines[process].internal, f"{self._hosts.name} is {condition}"
             for exit_ in self._attempt.exits_of_all(Exit(process, 1, host, PREEMPTED, error)):
