@@ -34,7 +34,7 @@ class Generation:
     """Software version that VMs of this generation are created with."""
     sizes: dict[int, str]
     """Valid sizes, ascending, and the topology of each."""
-    most_chips_per_vm: int = CHIPS_PER_VM
+    max_chips_per_vm: int = CHIPS_PER_VM
     """Chips of the largest slice that is one VM."""
 
 
@@ -104,7 +104,7 @@ def tpu_slice(generation: Generation, size: int) -> TpuSlice:
     """The slice of a `generation` whose accelerator type ends in `size`."""
     topology = generation.sizes[size]
     chips = _chips(topology)
-    chips_per_vm = chips if chips <= generation.most_chips_per_vm else CHIPS_PER_VM
+    chips_per_vm = chips if chips <= generation.max_chips_per_vm else CHIPS_PER_VM
     return TpuSlice(
         generation,
         f"{generation.type_prefix}-{size}",

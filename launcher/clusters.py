@@ -27,8 +27,8 @@ KINDS = {
     "tpu-GEN-SIZE": "a Cloud TPU slice, such as tpu-v4-32; see `launch clusters tpu`",
     "NAME": "a cluster of clusters.yaml",
 }
-WITHOUT_ACCELERATOR = "local-2x2"
-MOST_LOCAL_DEVICES = 256
+CPU_DEFAULT = "local-2x2"
+MAX_LOCAL_DEVICES = 256
 
 
 def default_cluster() -> ClusterSpec:
@@ -36,7 +36,7 @@ def default_cluster() -> ClusterSpec:
     # SLURM_JOB_ID alone is not enough: SLURM sets it for an ssh login to a node, too.
     if "SLURM_JOB_NUM_NODES" in os.environ:
         return _from_allocation(os.environ)
-    return resolve("local" if num_nvidia_gpus() else WITHOUT_ACCELERATOR)
+    return resolve("local" if num_nvidia_gpus() else CPU_DEFAULT)
 
 
 def resolve(name: str, sbatch: tuple[str, ...] = (), settings: tuple[str, ...] = ()) -> ClusterSpec:
@@ -69,9 +69,9 @@ def _local(name: str) -> ClusterSpec | None:
     if match is None:
         return None
     processes, devices = int(match[1]), int(match[2] or 1)
-    if not 1 <= processes * devices <= MOST_LOCAL_DEVICES:
+    if not 1 <= processes * devices <= MAX_LOCAL_DEVICES:
         raise UserError(
-            f"cluster = {name}: {processes} × {devices} devices; allowed: 1 to {MOST_LOCAL_DEVICES} in all"
+            f"cluster = {name}: {processes} × {devices} devices; allowed: 1 to {MAX_LOCAL_DEVICES} in all"
         )
     return ClusterSpec(name, "local", "cpu", 1, processes, devices)
 
@@ -87,7 +87,7 @@ def _cluster(name: str) -> SlurmCluster | TpuCluster:
         return found[name]
     if match := re.fullmatch(r"tpu-([A-Za-z0-9-]+)", name):
         return TpuCluster(accelerator=match[1])
-    examples = ["local-2", "local-4", WITHOUT_ACCELERATOR, "slurm-2x1", "slurm-4x8", "tpu-v4-32"]
+    examples = ["local-2", "local-4", CPU_DEFAULT, "slurm-2x1", "slurm-4x8", "tpu-v4-32"]
     raise UserError(
         f"cluster = {name}: unknown{nearest(name, [*KINDS, *examples, *found])} "
         f"(there are: {', '.join([*KINDS, *found])}; a NAME stands in {' or '.join(map(str, files()))})"
@@ -176,6 +176,6 @@ def _this_machine() -> ClusterSpec:
     if gpus and not has_cuda_plugin():
         raise UserError(
             f"cluster = local: this machine has {gpus} NVIDIA GPUs, but jax is installed without CUDA: "
-            f"pip install 'podlaunch[cuda12]', or train on the CPU with --cluster {WITHOUT_ACCELERATOR}"
+            f"pip install 'podlaunch[cuda12]', or train on the CPU with --cluster {CPU_DEFAULT}"
         )
     return ClusterSpec("local", "local", "gpu" if gpus else "cpu", 1, 1, gpus or 1)

@@ -1,7 +1,7 @@
 """What a run on Cloud TPUs costs: prices.yaml, and an estimate of the whole run by the roofline."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ from configs.load import nearest
 from configs.schema import ModelConfig
 from launcher.accelerators import GENERATIONS, TpuSlice
 
-Prices = Mapping[str, Mapping[str, float]]
-"""USD a chip-hour, by generation and provisioning."""
 PROVISIONING = ("on-demand", "spot", "reserved")
 # The backward pass takes twice the FLOPs of the forward pass.
 TRAINING_PASSES = 3
-# Measured on compiled train steps of ResNet-50 and ResNet-152 at 224 pixels in bfloat16.
+# Of the device's memory, measured on compiled train steps of ResNet-50 and ResNet-152 at 224 pixels in bfloat16.
 BYTES_PER_FLOP = 0.015
 
 
@@ -39,56 +37,48 @@ def estimate(
     model: ModelConfig,
     *,
     image_size: int,
-    steps: int,
-    batch_size: int,
-    one: TpuSlice,
+    num_images: int,
+    tpu: TpuSlice,
     num_slices: int,
-    provisioning: str,
-    prices: Prices,
+    price: float | None,
 ) -> Estimate:
     """A lower bound by the roofline: every chip computes at its peak, or reads its memory at full bandwidth.
 
-    See Williams et al., "Roofline", 2009.
+    `num_images`: images of the whole run; `price`: USD a chip-hour. See Williams et al., "Roofline", 2009.
     """
     forward = flops_per_image(
-        model.name,
-        image_size=image_size,
-        num_classes=model.num_classes,
-        width=model.width,
-        stem=model.stem,
+        model.name, image_size=image_size, num_classes=model.num_classes, width=model.width, stem=model.stem
     )
-    flops = TRAINING_PASSES * forward * steps * batch_size
-    chip, chips = one.generation, one.chips * num_slices
-    chip_seconds = max(
-        flops / (chip.bf16_tflops * 1e12), flops * BYTES_PER_FLOP / (chip.hbm_gb_per_second * 1e9)
-    )
-    chip_hours = chip_seconds / 3600
-    price = prices.get(chip.name, {}).get(provisioning)
-    return Estimate(
-        chips,
-        chip_hours,
-        None if price is None else price * chips,
-        None if price is None else price * chip_hours,
-    )
+    flops = TRAINING_PASSES * forward * num_images
+    chip, chips = tpu.generation, tpu.chips * num_slices
+    compute_seconds = flops / (chip.bf16_tflops * 1e12)
+    memory_seconds = flops * BYTES_PER_FLOP / (chip.hbm_gb_per_second * 1e9)
+    chip_hours = max(compute_seconds, memory_seconds) / 3600
+    if price is None:
+        return Estimate(chips, chip_hours, None, None)
+    return Estimate(chips, chip_hours, price * chips, price * chip_hours)
 
 
 def describe(estimate: Estimate) -> str:
     """The estimate in one line."""
-    hour, whole = (
-        f" (${usd:,.2f})" if usd is not None else "" for usd in (estimate.usd_per_hour, estimate.usd)
-    )
+    costs = (estimate.usd_per_hour, estimate.usd)
+    hourly, total = ("" if usd is None else f" (${usd:,.2f})" for usd in costs)
     hours = f"{estimate.chip_hours:,.1f}" if estimate.chip_hours >= 1 else f"{estimate.chip_hours:.2g}"
     return (
-        f"{estimate.chips} chips, {estimate.chips} chip-hours{hour} an hour; "
-        f"at least {hours} chip-hours{whole} for the whole run, by the roofline"
+        f"{estimate.chips} chips, {estimate.chips} chip-hours{hourly} an hour; "
+        f"at least {hours} chip-hours{total} for the whole run, by the roofline"
     )
 
 
-def cost_so_far(chips: int, generation: str, provisioning: str, hours: float, prices: Prices) -> str:
-    """Chip-hours and cost of chips that have existed for `hours`, as a phrase."""
-    price = prices.get(generation, {}).get(provisioning)
+def cost_so_far(chips: int, hours: float, price: float | None) -> str:
+    """Chip-hours and cost of chips that have existed for `hours`, as a phrase; `price`: USD a chip-hour."""
     usd = "" if price is None else f", ${price * chips * hours:,.2f}"
     return f"{hours:.1f} h, {chips * hours:,.1f} chip-hours{usd}"
+
+
+def price(generation: str, provisioning: str) -> float | None:
+    """USD a chip-hour; None where no price is known. Raises UserError, as `load_prices`."""
+    return load_prices().get(generation, {}).get(provisioning)
 
 
 def files() -> list[Path]:
@@ -97,8 +87,8 @@ def files() -> list[Path]:
     return [home / "podlaunch" / "prices.yaml", Path(configs.__file__).with_name("prices.yaml")]
 
 
-def load_prices() -> Prices:
-    """All prices. Raises UserError with what is wrong in their files."""
+def load_prices() -> dict[str, dict[str, float]]:
+    """USD a chip-hour, by generation and provisioning. Raises UserError with what is wrong in the files."""
     found: dict[str, dict[str, float]] = {}
     for file in reversed(files()):
         if file.is_file():
@@ -114,23 +104,22 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
         raise UserError(f"{file}: cannot be read: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: it is a mapping of TPU generations to USD a chip-hour, such as v4: 3.22")
-    return {_known(file, "generation", g, GENERATIONS): _prices(file, g, v) for g, v in values.items()}
+    return {_checked_name(file, "generation", g, GENERATIONS): _prices(file, g, v) for g, v in values.items()}
 
 
 def _prices(file: Path, generation: str, value: Any) -> dict[str, float]:
     """A number is the price on demand."""
     prices = value if isinstance(value, dict) else {"on-demand": value}
     for provisioning, price in prices.items():
-        _known(file, f"{generation}: provisioning", provisioning, PROVISIONING)
+        _checked_name(file, f"{generation}: provisioning", provisioning, PROVISIONING)
         if type(price) not in (int, float) or not 0 < price < float("inf"):
-            raise UserError(
-                f"{file}: {generation}: {provisioning} = {price}: must be USD a chip-hour, a number above 0"
-            )
+            key = f"{generation}: {provisioning}"
+            raise UserError(f"{file}: {key} = {price}: must be USD a chip-hour, a number above 0")
     return prices
 
 
-def _known(file: Path, what: str, word: Any, known: Any) -> str:
-    if word not in known:
-        hint = nearest(str(word), list(known))
-        raise UserError(f"{file}: {what} {word}: unknown{hint} (there are: {', '.join(known)})")
-    return str(word)
+def _checked_name(file: Path, what: str, name: Any, allowed: Collection[str]) -> str:
+    if name not in allowed:
+        hint = nearest(str(name), list(allowed))
+        raise UserError(f"{file}: {what} {name}: unknown{hint} (there are: {', '.join(allowed)})")
+    return str(name)

@@ -52,23 +52,18 @@ class Gang(Protocol):
 
     def poll(self, timeout: float) -> list[Exit]:
         """Processes that ended since the last call, in that order; waits up to `timeout` seconds for one."""
-        ...
 
     def request_stop(self) -> None:
         """Have every process save at a common step and exit with 75."""
-        ...
 
     def kill(self) -> None:
         """End the processes that still run, at once."""
-        ...
 
     def detach(self) -> None:
         """Let the processes go on without this launcher, if they can."""
-        ...
 
     def stopped_by(self) -> str:
         """Who had the gang save and end, if the launcher did not: `stopped` by the user, or `preempted`."""
-        ...
 
 
 class Executor(Protocol):
@@ -81,15 +76,12 @@ class Executor(Protocol):
 
     def adopt(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang | None:
         """The gang of an attempt whose launcher is gone; None where its processes cannot be found."""
-        ...
 
     def job_info(self) -> dict[str, Any]:
         """`job` and `restart_count` for the record of an attempt; None for both where there is no scheduler."""
-        ...
 
     def can_restart(self, plan: Plan, run: RunDirectory) -> bool:
         """Whether these hosts can take another attempt after a failure. If not, the run has to go on elsewhere."""
-        ...
 
 
 class Backend(Executor, Protocol):
@@ -98,11 +90,9 @@ class Backend(Executor, Protocol):
 
     def render(self, plan: Plan) -> str:
         """The files and commands that would be used, for reading. Pure; a dry run stops here."""
-        ...
 
     def check(self, plan: Plan) -> None:
         """Raises UserError where the plan cannot be started from here."""
-        ...
 
     def state(self, run: RunDirectory) -> State: ...
 
@@ -112,19 +102,15 @@ class Queue(Backend, Protocol):
 
     def submit(self, plan: Plan, run: RunDirectory) -> str:
         """Submit the job that runs the plan; its id. Raises UserError where the scheduler refuses the job."""
-        ...
 
     def cancel(self, run: RunDirectory) -> None:
         """Take the job of a run out of the queue, or end it."""
-        ...
 
     def requeue(self, plan: Plan, run: RunDirectory) -> str:
         """Have the job in which this is called run once more; a sentence that says what was done."""
-        ...
 
     def prevent_requeue(self) -> None:
         """Keep the scheduler from running the job in which this is called once more."""
-        ...
 
 
 class Remote(Backend, Protocol):
@@ -132,23 +118,18 @@ class Remote(Backend, Protocol):
 
     def resolve(self, plan: Plan) -> Plan:
         """The plan with this machine's defaults filled in, so that another machine can resume it."""
-        ...
 
     def quote(self, plan: Plan, run: RunDirectory) -> str | None:
         """What `acquire` would create, and its price; None where the hosts exist. Raises UserError."""
-        ...
 
     def acquire(self, plan: Plan, run: RunDirectory) -> None:
         """Request the hosts, which come later. Raises UserError where the request is refused."""
-        ...
 
     def release(self, plan: Plan, run: RunDirectory) -> str:
         """Delete the hosts, unless they are to be kept; a sentence that says what was done."""
-        ...
 
     def shell(self, plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) -> int:
         """Run a shell, or `command`, on a host; its exit code."""
-        ...
 
 
 def recorded_state(run: RunDirectory) -> State:

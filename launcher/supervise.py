@@ -22,10 +22,10 @@ EXIT_CODES = {"completed": EXIT_DONE, "preempted": EXIT_SAVED, "stopped": EXIT_S
 POLL_SECONDS = 0.1
 TAIL_LINES = 12
 # jax aborts the processes whose peer is gone. The exit of the peer itself may be seen a moment later.
-CONSEQUENCE = -signal.SIGABRT
-CAUSE_SECONDS = 2.0
+PEER_ABORT = -signal.SIGABRT
+ROOT_CAUSE_SECONDS = 2.0
 # After so many allocations in a row that ended before a checkpoint, another one would end the same way.
-MOST_FRUITLESS = 3
+MAX_FRUITLESS_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def supervise(
         )
     if verdict == "preempted" and _is_fruitless(run.attempts.of_launch()):
         announce(
-            f"{MOST_FRUITLESS} attempts in a row were ended before a checkpoint: give the run more time, or save more often"
+            f"{MAX_FRUITLESS_ATTEMPTS} attempts in a row were ended before a checkpoint: give the run more time, or save more often"
         )
         verdict = "failed"
     return write_result(plan, run, verdict, failure, time.time() - begun)
@@ -133,8 +133,8 @@ def exit_code(result: dict[str, Any]) -> int:
 
 
 def _is_fruitless(attempts: list[dict[str, Any]]) -> bool:
-    last = attempts[-MOST_FRUITLESS:]
-    return len(last) == MOST_FRUITLESS and all(
+    last = attempts[-MAX_FRUITLESS_ATTEMPTS:]
+    return len(last) == MAX_FRUITLESS_ATTEMPTS and all(
         a["verdict"] == "preempted" and a["kept_step"] <= a["from_step"] for a in last
     )
 
@@ -172,10 +172,10 @@ def _watch(
                     killed = True  # it had not begun to train: nothing to save, nobody to wait for
                 elif ended.code not in (EXIT_DONE, EXIT_SAVED) and not killed:
                     if first is None:
-                        first, cause_until = ended, time.monotonic() + CAUSE_SECONDS
-                    elif first.code == CONSEQUENCE != ended.code:
+                        first, cause_until = ended, time.monotonic() + ROOT_CAUSE_SECONDS
+                    elif first.code == PEER_ABORT != ended.code:
                         first = ended
-            if first and (first.code != CONSEQUENCE or time.monotonic() > cause_until or not running):
+            if first and (first.code != PEER_ABORT or time.monotonic() > cause_until or not running):
                 gang.kill()
                 verdict = PREEMPTED if first.cause == PREEMPTED else "failed"
                 return verdict, _failure(run, number, first)

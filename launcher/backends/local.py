@@ -20,16 +20,17 @@ from launcher.rundir import RunDirectory
 
 REMOTE = False
 HOST = "127.0.0.1"
-POLL_SECONDS = 0.0
+POLL_SECONDS = 0.0  # the state is a look at the lock file
 
 
 def render(plan: Plan) -> str:
-    command = shlex.join(WORKER)
-    lines = []
-    for process in range(plan.processes):
-        environment = worker_environment(plan, process, f"{HOST}:PORT")
-        lines.append(" ".join(f"{k}={shlex.quote(v)}" for k, v in environment.items()) + f" {command}")
-    return "\n".join(lines)
+    return "\n".join(_command_line(plan, process) for process in range(plan.processes))
+
+
+def _command_line(plan: Plan, process: int) -> str:
+    environment = worker_environment(plan, process, f"{HOST}:PORT")
+    # Only the values are quoted: a shell would take a quoted assignment for the name of a program.
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in environment.items()), shlex.join(WORKER)])
 
 
 def start(plan: Plan, run: RunDirectory, attempt: int) -> "LocalGang":
@@ -58,7 +59,7 @@ def state(run: RunDirectory) -> State:
 
 class LocalGang:
     def __init__(self, plan: Plan, run: RunDirectory, attempt: int):
-        self._port = reserve_port(HOST)
+        self._port = reserve_port(HOST)  # as long as the gang exists
         coordinator = f"{HOST}:{self._port.getsockname()[1]}"
         self._exits: queue.SimpleQueue[Exit] = queue.SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -82,8 +83,7 @@ class LocalGang:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # its own session, so its children too
 
-    def detach(self) -> None:
-        raise AssertionError("the gang ends with its launcher")
+    detach = kill  # the processes cannot go on without the launcher
 
     def stopped_by(self) -> str:
         return "preempted"

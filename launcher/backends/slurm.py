@@ -15,7 +15,7 @@ from configs.clusters import SlurmCluster, seconds
 from configs.errors import UserError
 from configs.files import write_atomically
 from launcher.backends import slurm_commands as commands
-from launcher.backends.srun import SrunGang, flags, slurm_cluster, srun_command
+from launcher.backends.srun import Options, SrunGang, flags, slurm_cluster, srun_command
 from launcher.gang import State, recorded_state
 from launcher.machine.slurm import hostnames
 from launcher.plan import Plan
@@ -24,8 +24,9 @@ from launcher.rundir import RunDirectory
 REMOTE = False
 POLL_SECONDS = 30.0
 # SLURM may send the signal of --signal up to a minute early.
-EARLY_SECONDS = 60.0
-FAILURES_OF_A_BAD_NODE = 2
+EARLY_SIGNAL_SECONDS = 60.0
+# Once may be chance. More would cost as many restarts.
+BAD_NODE_FAILURES = 2
 
 
 # What is submitted
@@ -52,10 +53,10 @@ def render(plan: Plan) -> str:
     )
 
 
-def _options(plan: Plan, cluster: SlurmCluster) -> dict[str, str | int | bool]:
+def _options(plan: Plan, cluster: SlurmCluster) -> Options:
     tasks = cluster.tasks_per_node
     memory = cluster.memory_gib_per_task
-    options: dict[str, str | int | bool | None] = {
+    return {
         "job-name": plan.name,
         "partition": cluster.partition,
         "account": cluster.account,
@@ -71,9 +72,9 @@ def _options(plan: Plan, cluster: SlurmCluster) -> dict[str, str | int | bool]:
         # The signal goes to the steps, not to this script, so that the workers save at a common step.
         "signal": f"TERM@{round(60 * cluster.save_minutes)}",
         "requeue": "no-requeue" not in cluster.sbatch,
-        "open-mode": "append",
+        "open-mode": "append",  # a requeued job continues the log
+        **cluster.sbatch,
     }
-    return {name: value for name, value in (options | cluster.sbatch).items() if value is not None}
 
 
 def submit(plan: Plan, run: RunDirectory) -> str:
@@ -91,8 +92,9 @@ def submit(plan: Plan, run: RunDirectory) -> str:
     output = f"{logs}/slurm-".replace("%", "%%") + "%j.log"
     command = ["sbatch", "--parsable", f"--output={output}"]
     if excluded := run.job.excluded_nodes():
-        asked = cluster.sbatch.get("exclude")
-        command.append(f"--exclude={','.join([*excluded, *([str(asked)] if asked else [])])}")
+        # An option of the command line replaces the script's, so both lists are given.
+        users = cluster.sbatch.get("exclude")
+        command.append(f"--exclude={','.join([*excluded, *([str(users)] if users else [])])}")
     done = commands.run(*command, text=script)
     if done.returncode:
         raise UserError(
@@ -105,32 +107,37 @@ def submit(plan: Plan, run: RunDirectory) -> str:
 
 def _check_partition(name: str, cluster: SlurmCluster) -> None:
     """Raises UserError for a job that sbatch would accept and SLURM never start."""
-    options = commands.run("sinfo", "--noheader", "--format=%P|%D|%l|%L")
-    partitions = [line.split("|") for line in options.stdout.splitlines()]
+    lines = commands.run("sinfo", "--noheader", "--format=%P|%D|%l|%L").stdout.splitlines()
     default = cluster.partition or os.environ.get("SBATCH_PARTITION", "")
-    asked = str(cluster.sbatch.get("partition", default)).split(",")
-    chosen = [p for p in partitions if p[0].rstrip("*") in asked or (asked == [""] and p[0].endswith("*"))]
-    if not chosen:
+    wanted = str(cluster.sbatch.get("partition", default)).split(",")
+    rows = [line.split("|") for line in lines]
+    if wanted == [""]:
+        rows = [row for row in rows if row[0].endswith("*")]  # the site's default partition
+    else:
+        rows = [row for row in rows if row[0].rstrip("*") in wanted]
+    if not rows:
         return  # sbatch explains it better
-    names = ", ".join(dict.fromkeys(p[0].rstrip("*") for p in chosen))
+    partitions, nodes, limits, defaults = zip(*rows, strict=True)
+    names = ", ".join(dict.fromkeys(partition.rstrip("*") for partition in partitions))
+    # A partition with unequal nodes has several lines.
     counts: Counter[str] = Counter()
-    for p in chosen:
-        counts[p[0]] += int(p[1])
-    most = max(counts.values())
-    if cluster.nodes > most:
+    for partition, count in zip(partitions, nodes, strict=True):
+        counts[partition] += int(count)
+    num_nodes = max(counts.values())
+    if cluster.nodes > num_nodes:
         raise UserError(
-            f"cluster = {name}: {cluster.nodes} nodes, but partition {names} has {most}; ask for at most {most}"
+            f"cluster = {name}: {cluster.nodes} nodes, but partition {names} has {num_nodes}; ask for at most {num_nodes}"
         )
-    limits = [limit for p in chosen if (limit := commands.parse_limit(p[2]))]
-    if cluster.time and limits and seconds(cluster.time) > max(limits):
+    limit = max(map(commands.limit_seconds, limits))
+    if cluster.time and seconds(cluster.time) > limit:
         raise UserError(
-            f"cluster = {name}: time = {cluster.time} is above the limit of partition {names}, "
-            f"{', '.join(p[2] for p in chosen)}; the run goes on in the next job, so ask for less"
+            f"cluster = {name}: time = {cluster.time} is above the limit of partition {names}, {', '.join(limits)}; "
+            "the run goes on in the next job, so ask for less"
         )
-    defaults = [limit for p in chosen if (limit := commands.parse_limit(p[3]) or commands.parse_limit(p[2]))]
-    if not cluster.time and defaults and max(defaults) <= 60 * cluster.save_minutes:
+    default_limit = min(limit, max(map(commands.limit_seconds, defaults)))
+    if not cluster.time and default_limit <= 60 * cluster.save_minutes:
         raise UserError(
-            f"cluster = {name}: partition {names} gives a job {max(defaults) / 60:g} minutes, not above save_minutes = "
+            f"cluster = {name}: partition {names} gives a job {default_limit / 60:g} minutes, not above save_minutes = "
             f"{cluster.save_minutes:g}, those before the limit at which the run begins to save; set time, "
             "or lower save_minutes"
         )
@@ -150,41 +157,40 @@ def state(run: RunDirectory) -> State:
         return State("unknown", f"job {job}; squeue does not answer: {commands.message(done.stderr)}")
     if done.returncode or not done.stdout.strip():
         return _state_from_sacct(run, job)
-    word, reason, start, host = done.stdout.splitlines()[0].split("|")
-    if word in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+    status, reason, start, host = done.stdout.splitlines()[0].split("|")
+    if status in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
         why = "" if reason == "None" else f", {reason}"
         when = "" if start == "N/A" else f", expected to start at {start}"
         return State("queued", f"job {job}{why}{when}")
-    if word in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"):
-        return State("running", "" if word == "RUNNING" else f"job {job}, {word}")
-    return _final_state(run, job, word, f"{word}, {reason}, on {host}")
+    if status in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"):
+        return State("running", "" if status == "RUNNING" else f"job {job}, {status}")
+    return _final_state(run, job, status, f"{status}, {reason}, on {host}")
 
 
 def _state_from_sacct(run: RunDirectory, job: str) -> State:
     """The state of a job that squeue has forgotten."""
-    try:
-        done = commands.run(
-            "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State"
-        )
-    except UserError:
+    if not shutil.which("sacct"):
         return recorded_state(run)
+    options = ("--noheader", "--parsable2", "--allocations", "--format=State")
+    done = commands.run("sacct", *options, f"--jobs={job}")
     if done.returncode or not done.stdout.strip():  # this cluster has no accounting
         return recorded_state(run)
-    word = done.stdout.splitlines()[0]  # such as "CANCELLED by 1000"
-    return _final_state(run, job, word, word)
+    status = done.stdout.splitlines()[0]  # such as "CANCELLED by 1000"
+    return _final_state(run, job, status, status)
 
 
-def _final_state(run: RunDirectory, job: str, word: str, words: str) -> State:
-    own = recorded_state(run)
-    if own.status not in ("interrupted", "preempted"):
-        return own
-    if word.startswith("CANCELLED"):
+def _final_state(run: RunDirectory, job: str, status: str, description: str) -> State:
+    """The state of a run whose job has ended: what the run recorded, or else what SLURM says of the job."""
+    recorded = recorded_state(run)
+    if recorded.status not in ("interrupted", "preempted"):
+        return recorded
+    if status.startswith("CANCELLED"):
         return State("stopped", f"job {job} was cancelled")
-    if own.status == "preempted":
-        return own
+    if recorded.status == "preempted":
+        return recorded
     if run.attempts.last() == 0:
-        words += f"; was {run.path} visible there?"
-    return State("interrupted", f"job {job} is {words}")
+        description += f"; was {run.path} visible there?"
+    return State("interrupted", f"job {job} is {description}")
 
 
 def cancel(run: RunDirectory) -> None:
@@ -204,11 +210,11 @@ def check(plan: Plan) -> None:
         raise UserError(
             "this is no SLURM job: `launch supervise` belongs into a batch script; type `launch CONFIG`"
         )
-    limit, lead = commands.job_seconds("%l"), 60 * slurm_cluster(plan).save_minutes
-    if limit <= lead:
+    limit_minutes, save_minutes = commands.job_seconds("%l") / 60, slurm_cluster(plan).save_minutes
+    if limit_minutes <= save_minutes:
         raise UserError(
-            f"the time limit of job {commands.job_id()} is {limit / 60:g} minutes, not above the {lead / 60:g} before its end at "
-            "which the run begins to save; give it more time"
+            f"the time limit of job {commands.job_id()} is {limit_minutes:g} minutes, not above the {save_minutes:g} "
+            "before its end at which the run begins to save; give it more time"
         )
 
 
@@ -222,15 +228,18 @@ def can_restart(plan: Plan, run: RunDirectory) -> bool:
     failures = [a["failure"] for a in run.attempts.of_launch() if a["failure"]]
     # An exit code is the program's own doing. A signal, or a start that failed, may be the node's.
     counts = Counter(f["host"] for f in failures if not f["cause"].startswith(("exit code", "srun")))
-    bad = [host for host, count in counts.items() if count >= FAILURES_OF_A_BAD_NODE]
+    bad = [host for host, count in counts.items() if count >= BAD_NODE_FAILURES]
     run.job.exclude_nodes(bad)
     here = set(commands.job_nodes()) & set(bad)
-    return not here and commands.job_seconds("%L") > 60 * slurm_cluster(plan).save_minutes + 2 * EARLY_SECONDS
+    return (
+        not here
+        and commands.job_seconds("%L") > 60 * slurm_cluster(plan).save_minutes + 2 * EARLY_SIGNAL_SECONDS
+    )
 
 
 def requeue(plan: Plan, run: RunDirectory) -> str:
     """Have SLURM run this job's script again; a sentence that says what was done."""
-    job, fields = commands.job_id(), commands.job_fields(patience_seconds=commands.PATIENCE_SECONDS)
+    job, fields = commands.job_id(), commands.job_fields(timeout_seconds=commands.CONTROLLER_TIMEOUT_SECONDS)
     if not fields:
         return f"SLURM does not answer, so job {job} is not requeued; type `launch` again"
     if fields.get("BatchFlag") != "1":
@@ -247,22 +256,21 @@ def requeue(plan: Plan, run: RunDirectory) -> str:
     else:
         run.job.write_id(submit(plan, run))
         return f"job {job} may not be requeued; job {run.job.id()} is submitted in its place"
+    return done + _exclude_bad_nodes(run, job, fields.get("ExcNodeList", "(null)"))
+
+
+def _exclude_bad_nodes(run: RunDirectory, job: str, before: str) -> str:
+    """Have a requeued job do without the nodes that failed twice, as a phrase; `before`: those it excludes already."""
     excluded = run.job.excluded_nodes()
-    if excluded:
-        before = fields.get("ExcNodeList", "(null)")
-        nodes = sorted({*excluded, *([] if before == "(null)" else hostnames(before))})
-        reply = commands.run_until_reachable(
-            "scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}"
-        )
-        done += (
-            f", without {', '.join(excluded)}"
-            if not reply.returncode
-            else f" ({commands.message(reply.stderr)})"
-        )
-    return done
+    if not excluded:
+        return ""
+    nodes = ",".join(sorted({*excluded, *([] if before == "(null)" else hostnames(before))}))
+    reply = commands.run_until_reachable("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
+    return f" ({commands.message(reply.stderr)})" if reply.returncode else f", without {', '.join(excluded)}"
 
 
 def prevent_requeue() -> None:
+    # SLURM requeues a preempted job by itself, also one whose run has completed in the time that it was given.
     if commands.was_requeued(commands.job_fields()):
         commands.run("scancel", commands.job_id())
 

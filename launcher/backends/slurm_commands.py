@@ -12,7 +12,9 @@ from configs.clusters import seconds
 from configs.errors import UserError
 from launcher.machine.slurm import hostnames
 
-PATIENCE_SECONDS = 120.0
+# A controller that fails over, or is restarted under running jobs, is back after that.
+CONTROLLER_TIMEOUT_SECONDS = 120.0
+RETRY_SECONDS = 2.0
 
 
 def run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -26,16 +28,16 @@ def run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[s
 
 
 def run_until_reachable(
-    *command: str, patience_seconds: float = PATIENCE_SECONDS
+    *command: str, timeout_seconds: float = CONTROLLER_TIMEOUT_SECONDS
 ) -> subprocess.CompletedProcess[str]:
     """Run a command again while the controller cannot be reached, since it may be restarting."""
-    deadline = time.monotonic() + patience_seconds
+    deadline = time.monotonic() + timeout_seconds
     while True:
         done = run(*command)
-        out_of_reach = done.returncode and re.search(r"contact|connect|timed out", done.stderr, re.IGNORECASE)
-        if not out_of_reach or time.monotonic() > deadline:
+        is_out_of_reach = done.returncode and re.search(r"contact|connect|timed out", done.stderr, re.I)
+        if not is_out_of_reach or time.monotonic() > deadline:
             return done
-        time.sleep(2.0)
+        time.sleep(RETRY_SECONDS)
 
 
 def message(stderr: str) -> str:
@@ -54,16 +56,16 @@ def job_nodes() -> list[str]:
 
 def job_seconds(field: str) -> float:
     """Seconds of the time limit of this job (`%l`), or of the rest of its time (`%L`); infinite where unknown."""
-    limit = parse_limit(run("squeue", "--noheader", f"--jobs={job_id()}", f"--format={field}").stdout.strip())
-    return math.inf if limit is None else limit
+    done = run("squeue", "--noheader", f"--jobs={job_id()}", f"--format={field}")
+    return limit_seconds(done.stdout.strip())
 
 
-def job_fields(patience_seconds: float = 0.0) -> dict[str, str]:
+def job_fields(timeout_seconds: float = 0.0) -> dict[str, str]:
     """Fields of `scontrol show job`; empty where SLURM cannot be asked, as in a container."""
     if not shutil.which("scontrol"):
         return {}
-    command = ["scontrol", "--oneliner", "show", "job", job_id()]
-    text = run_until_reachable(*command, patience_seconds=patience_seconds).stdout
+    command = ("scontrol", "--oneliner", "show", "job", job_id())
+    text = run_until_reachable(*command, timeout_seconds=timeout_seconds).stdout
     # Reversed, so that the first of two fields wins: a job's comment, at the end, may look like any field.
     return dict(reversed(re.findall(r"(\w+)=(\S*)", text)))
 
@@ -90,9 +92,9 @@ def current_stop_cause() -> str:
     return stopped_by(job_fields(), os.environ)
 
 
-def parse_limit(text: str) -> float | None:
-    """Seconds of a time limit; None for what is no time."""
+def limit_seconds(text: str) -> float:
+    """Seconds of a time limit; infinite for what is no time, such as n/a."""
     try:
         return seconds(text)
-    except ValueError:  # such as n/a
-        return None
+    except ValueError:
+        return math.inf

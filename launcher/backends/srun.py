@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from configs.clusters import SlurmCluster
@@ -21,8 +21,9 @@ from launcher.machine.slurm import expand_range
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
+# Six heartbeats and more: a node that is only busy, or a network that stalls for a moment, is not given up.
 SILENT_SECONDS = 20.0
-START_SECONDS = 600.0  # the time in which images of containers are fetched
+START_SECONDS = 600.0  # includes the time in which images of containers are fetched
 KILL_SECONDS = 3.0
 
 # Messages of srun on a task and on a node that could not report by themselves.
@@ -30,29 +31,33 @@ _TASKS = re.compile(r"srun: error: (\S+): tasks? ([\d,\-]+): (.+)")
 _NODE = re.compile(r"srun: error: .* failed on node (\S+): (.+)")
 _SIGNALS = {signal.strsignal(s): s for s in signal.Signals}
 
+Options = Mapping[str, str | int | bool | None]
+"""Options of srun or sbatch, by their long names; True is an option without a value."""
+
 
 def slurm_cluster(plan: Plan) -> SlurmCluster:
     """Settings of the cluster; the defaults in a job that the user submitted."""
     return SlurmCluster.model_validate(plan.submission or {"nodes": plan.hosts})
 
 
-def flags(options: dict[str, str | int | bool], quote: Callable[[str], str] = str) -> list[str]:
+def flags(options: Options, quote: Callable[[str], str] = str) -> list[str]:
+    """The options as a command line takes them; those that are None or False are left out."""
     return [
         f"--{name}" if value is True else f"--{name}={quote(str(value))}"
         for name, value in options.items()
-        if value is not False
+        if value is not None and value is not False
     ]
 
 
 def srun_command(plan: Plan, attempt: int) -> list[str]:
     cluster = slurm_cluster(plan)
     python = cluster.python or ("python3" if cluster.container else sys.executable)
-    options: dict[str, str | int | bool] = {
+    options = {
         "nodes": plan.hosts,
         "ntasks": plan.processes,
         "ntasks-per-node": plan.processes // plan.hosts,
         # Since SLURM 22.05 srun does not take it from sbatch.
-        "cpus-per-task": os.environ.get("SLURM_CPUS_PER_TASK", False),
+        "cpus-per-task": os.environ.get("SLURM_CPUS_PER_TASK"),
         # A process may use all CPUs of its task, and the step need not wait for what remains of the last attempt.
         "cpu-bind": "none",
         "overlap": True,
@@ -73,32 +78,29 @@ def srun_command(plan: Plan, attempt: int) -> list[str]:
     ]
 
 
-def _interface_environment(plan: Plan) -> dict[str, str]:
-    interface = slurm_cluster(plan).interface
-    return {INTERFACE: interface} if interface else {}
-
-
 class SrunGang:
     """A step of this job with a task for each process, which runs launcher/host/task.py."""
 
     def __init__(self, plan: Plan, run: RunDirectory, attempt: int):
         self._nodes = [node for node in commands.job_nodes() for _ in range(plan.processes // plan.hosts)]
         self._running = set(range(plan.processes))
-        self._begun = time.monotonic()
-        self._heard: dict[int, float] = {}
-        self._step: str | None = None
+        self._started = self._polled = time.monotonic()
         self._killed: float | None = None
-        self._polled = self._begun
+        self._last_heard: dict[int, float] = {}
+        """When each process reported last; it is absent before its first report."""
+        self._step: str | None = None
+        """JOB.STEP, which the first report names."""
         self._reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._last_message = ""
         self._log = (run.path / f"logs/attempt-{attempt}/srun.log").open("ab")
+        interface = slurm_cluster(plan).interface
         self._srun = subprocess.Popen(
             srun_command(plan, attempt),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | _interface_environment(plan),
-            start_new_session=True,
+            env=os.environ | ({INTERFACE: interface} if interface else {}),
+            start_new_session=True,  # so that Ctrl-C reaches the launcher alone
         )
         threading.Thread(target=self._wait, daemon=True).start()
 
@@ -117,8 +119,7 @@ class SrunGang:
             self._killed = time.monotonic()
             self._send(None)
 
-    def detach(self) -> None:
-        raise AssertionError("the gang ends with its launcher")
+    detach = kill  # the step cannot go on without the launcher
 
     def stopped_by(self) -> str:
         return commands.current_stop_cause()
@@ -144,12 +145,9 @@ class SrunGang:
     # Threads
 
     def _wait(self) -> None:
-        assert self._srun.stdout is not None
-        assert self._srun.stderr is not None
-        readers = [
-            threading.Thread(target=self._read, args=(self._srun.stdout, self._on_host_line), daemon=True),
-            threading.Thread(target=self._read, args=(self._srun.stderr, self._on_srun_line), daemon=True),
-        ]
+        """Read both pipes to their ends, so that all reports come before the end of srun itself."""
+        pipes = [(self._srun.stdout, self._on_task_line), (self._srun.stderr, self._on_srun_line)]
+        readers = [threading.Thread(target=self._read, args=pipe, daemon=True) for pipe in pipes]
         for reader in readers:
             reader.start()
         for reader in readers:
@@ -163,10 +161,10 @@ class SrunGang:
                 self._log.write(line)
                 self._log.flush()
 
-    def _on_host_line(self, line: str) -> bool:
+    def _on_task_line(self, line: str) -> bool:
         try:
             report = json.loads(line)
-        except ValueError:
+        except ValueError:  # a container, or a shell of the site, may print as well
             return False
         is_ours = isinstance(report, dict) and "process" in report
         if is_ours:
@@ -174,30 +172,28 @@ class SrunGang:
         return is_ours
 
     def _on_srun_line(self, line: str) -> bool:
+        """srun tells of tasks and nodes that cannot report any more. All its lines are logged."""
         self._last_message = line
         if match := _TASKS.match(line):
             for task in expand_range(match[2]):
                 self._reports.put({"process": int(task), "exit": _code(match[3]), "error": ""})
         elif match := _NODE.match(line):
+            failure = {"exit": 1, "cause": "not started", "error": match[2]}
             for process, node in enumerate(self._nodes):
                 if node == match[1]:
-                    self._reports.put(
-                        {"process": process, "exit": 1, "cause": "not started", "error": match[2]}
-                    )
+                    self._reports.put({"process": process, **failure})
         return False
 
     # Exits, from reports and from silence
 
     def _exits(self, report: dict[str, Any]) -> list[Exit]:
         if "ended" in report:
-            started = [p for p in self._running if p in self._heard]
-            causes = {p: "" if p in started else "srun failed" for p in sorted(self._running)}
-            return [
-                self._exit(p, report["ended"] or 1, cause, self._last_message) for p, cause in causes.items()
-            ]
+            code = report["ended"] or 1  # srun may succeed although a task has not reported its end
+            causes = {p: "" if p in self._last_heard else "srun failed" for p in sorted(self._running)}
+            return [self._exit(p, code, cause, self._last_message) for p, cause in causes.items()]
         process = report["process"]
         if "host" in report:
-            self._heard[process], self._step = time.monotonic(), report["step"]
+            self._last_heard[process], self._step = time.monotonic(), report["step"]
             self._nodes[process] = report["host"]
         if "exit" not in report or process not in self._running:
             return []
@@ -213,21 +209,23 @@ class SrunGang:
         missed = now - self._polled - timeout
         self._polled = now
         if missed > HEARTBEAT_SECONDS:  # this process was frozen itself, as in a suspended job
-            self._begun += missed
-            self._heard = {process: heard + missed for process, heard in self._heard.items()}
-        for process in sorted(self._running, key=lambda p: self._heard.get(p, self._begun)):
-            heard = self._heard.get(process)
-            silent = now - (heard or self._begun)
-            if self._killed is None and silent > (SILENT_SECONDS if heard else START_SECONDS):
+            self._started += missed
+            self._last_heard = {process: heard + missed for process, heard in self._last_heard.items()}
+        if self._killed is not None:
+            return []
+        for process in sorted(self._running, key=lambda p: self._last_heard.get(p, self._started)):
+            has_started = process in self._last_heard
+            silent = now - self._last_heard.get(process, self._started)
+            if silent > (SILENT_SECONDS if has_started else START_SECONDS):
                 error = f"nothing was heard of {self._nodes[process]} for {silent:.0f} s"
-                return [self._exit(process, 1, "lost" if heard else "not started", error)]
+                return [self._exit(process, 1, "lost" if has_started else "not started", error)]
         return []
 
 
-def _code(words: str) -> int:
+def _code(message: str) -> int:
     """`Exited with exit code 3`, `Killed` and the like as an exit code, or minus the signal."""
-    if match := re.search(r"exit code (\d+)", words):
+    if match := re.search(r"exit code (\d+)", message):
         code = int(match[1])
-        return code if code < 128 else 128 - code
-    name = words.removesuffix(" (core dumped)")
+        return code if code < 128 else 128 - code  # a shell gives 128 + N for signal N
+    name = message.removesuffix(" (core dumped)")
     return -_SIGNALS[name] if name in _SIGNALS else 1

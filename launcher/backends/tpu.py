@@ -27,6 +27,7 @@ from launcher.host.agent import FOLDER
 from launcher.host.process import host_program
 from launcher.plan import Plan
 from launcher.providers import OWNER, Provider, Request, Resource
+from launcher.providers.cloud_tpu import CloudTpu, project_and_zone
 from launcher.remote import shipping
 from launcher.remote.attempt import RemoteAttempt
 from launcher.remote.gang import RemoteGang
@@ -37,8 +38,11 @@ from launcher.rundir import RunDirectory, run_id
 
 REMOTE = True
 POLL_SECONDS = 5.0
+# A worker reports every half minute at the latest, so this one is gone.
 SILENT_SECONDS = 120.0
-FAILURES_OF_A_BAD_VM = 2
+BAD_VM_FAILURES = 2
+# Conditions in which a slice has to be created, after what may be left of it is deleted.
+_GONE = ("absent", "lost", "deleting")
 
 
 # What is requested
@@ -46,8 +50,6 @@ FAILURES_OF_A_BAD_VM = 2
 
 def resolve(plan: Plan) -> Plan:
     """The plan with this machine's defaults filled in, so that another machine can resume it."""
-    from launcher.providers.cloud_tpu import project_and_zone
-
     cluster = _cluster(plan)
     project, zone = project_and_zone(cluster.project, cluster.zone)
     user = cluster.ssh_user or (None if cluster.os_login else getpass.getuser())
@@ -79,44 +81,48 @@ def check(plan: Plan) -> None:
 
 
 def quote(plan: Plan, run: RunDirectory) -> str | None:
-    cluster, condition = _cluster(plan), _provider(plan).condition(_name(plan))
+    cluster, name = _cluster(plan), _name(plan)
+    place = f"in zone {cluster.zone} of project {cluster.project}"
+    condition = _provider(plan).condition(name)
     if cluster.tpu:
         if condition.status not in ("ready", "repairing"):
             raise UserError(
-                f"--tpu {cluster.tpu}: in zone {cluster.zone} of project {cluster.project} it is {condition}; name one "
-                "that is READY, or leave --tpu out to have one created"
+                f"--tpu {cluster.tpu}: {place} it is {condition}; name one that is READY, or leave --tpu out to have "
+                "one created"
             )
         return None
     if condition.status != "absent" and condition.owner != run_id(plan.run_directory):
         raise UserError(
-            f"the name {_name(plan)} is taken in zone {cluster.zone} of project {cluster.project}, by a TPU that is not "
-            "this run's; choose another --name, or delete it"
+            f"the name {name} is taken {place}, by a TPU that is not this run's; choose another --name, or delete it"
         )
-    if condition.status not in ("absent", "lost", "leaving"):
-        old = run.plan()
-        kept = old.submission["accelerator"] if old and old.submission else cluster.accelerator
-        if kept != cluster.accelerator:
-            raise UserError(
-                f"{_name(plan)} is a tpu-{kept}, from an earlier launch of this run; use that, or delete it with "
-                f"`launch gc --delete {_name(plan)}`"
-            )
-        return None
-    one, slices = parse_tpu(cluster.accelerator)
-    config = plan.run_config()
-    price = costs.estimate(
+    if condition.status in _GONE:
+        return _describe_request(plan)
+    old = run.plan()
+    existing = old.submission["accelerator"] if old and old.submission else cluster.accelerator
+    if existing != cluster.accelerator:
+        raise UserError(
+            f"{name} is a tpu-{existing}, from an earlier launch of this run; use that, or delete it with "
+            f"`launch gc --delete {name}`"
+        )
+    return None
+
+
+def _describe_request(plan: Plan) -> str:
+    """What would be created, and its price."""
+    cluster, config = _cluster(plan), plan.run_config()
+    tpu, slices = parse_tpu(cluster.accelerator)
+    estimate = costs.estimate(
         config.model,
         image_size=config.data.image_size,
-        steps=plan.steps,
-        batch_size=plan.global_batch,
-        one=one,
+        num_images=plan.steps * plan.global_batch,
+        tpu=tpu,
         num_slices=slices,
-        provisioning=cluster.provisioning,
-        prices=costs.load_prices(),
+        price=costs.price(tpu.generation.name, cluster.provisioning),
     )
     many = f"{slices} × " if slices > 1 else ""
     return (
-        f"{many}{one.accelerator_type} ({one.topology}), {plan.hosts} VMs, {cluster.provisioning}, in "
-        f"{cluster.zone} of project {cluster.project}, as {_name(plan)}\n            {costs.describe(price)}"
+        f"{many}{tpu.accelerator_type} ({tpu.topology}), {plan.hosts} VMs, {cluster.provisioning}, in "
+        f"{cluster.zone} of project {cluster.project}, as {_name(plan)}\n            {costs.describe(estimate)}"
     )
 
 
@@ -130,9 +136,9 @@ def acquire(plan: Plan, run: RunDirectory) -> None:
         )
     provider = _provider(plan)
     status = provider.condition(name).status
-    if status in ("lost", "leaving"):
+    if status in ("lost", "deleting"):
         provider.delete(name)
-    is_new = status in ("absent", "lost", "leaving")
+    is_new = status in _GONE
     try:
         if is_new:
             try:
@@ -141,7 +147,7 @@ def acquire(plan: Plan, run: RunDirectory) -> None:
                 is_new = False  # the request was refused, so there is nothing to delete
                 raise
         run.write_code(packed)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: what was created a moment ago costs money
         if is_new:
             with contextlib.suppress(UnreachableError):
                 provider.delete(name)
@@ -177,13 +183,15 @@ def shell(plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) ->
 
 def _request(plan: Plan, key: str | None) -> Request:
     cluster = _cluster(plan)
-    one, slices = parse_tpu(cluster.accelerator)
+    tpu, slices = parse_tpu(cluster.accelerator)
+    # A size such as 4x8 of v5e is requested by its topology, v4-32 by its name.
+    is_topology = "x" in cluster.accelerator and tpu.topology in cluster.accelerator
     return Request(
         name=_name(plan),
-        accelerator_type=one.accelerator_type,
-        generation=one.generation.api_type,
-        topology=one.topology if "x" in cluster.accelerator and one.topology in cluster.accelerator else None,
-        runtime=cluster.runtime or one.generation.runtime,
+        accelerator_type=tpu.accelerator_type,
+        generation=tpu.generation.api_type,
+        topology=tpu.topology if is_topology else None,
+        runtime=cluster.runtime or tpu.generation.runtime,
         slices=slices,
         provisioning=cluster.provisioning,
         reservation=cluster.reservation,
@@ -196,8 +204,8 @@ def _request(plan: Plan, key: str | None) -> Request:
             OWNER: run_id(plan.run_directory),
             "podlaunch-run": _slug(plan.name),
             "podlaunch-owner": _slug(getpass.getuser()),
-            "podlaunch-generation": one.generation.name,
-            "podlaunch-chips": str(one.chips * slices),
+            "podlaunch-generation": tpu.generation.name,
+            "podlaunch-chips": str(tpu.chips * slices),
             "podlaunch-provisioning": cluster.provisioning,
         },
         tags=cluster.tags,
@@ -216,8 +224,6 @@ def _cluster(plan: Plan) -> TpuCluster:
 
 
 def _provider(plan: Plan) -> Provider:
-    from launcher.providers.cloud_tpu import CloudTpu
-
     cluster = _cluster(plan)
     assert cluster.project is not None
     assert cluster.zone is not None
@@ -225,12 +231,13 @@ def _provider(plan: Plan) -> Provider:
 
 
 def _name(plan: Plan) -> str:
-    return (
-        _cluster(plan).tpu or f"podlaunch-{_slug(plan.name)[:32].strip('-')}-{run_id(plan.run_directory)[:6]}"
-    )
+    """Name of the run's TPU. It has the run's id, since two users may have runs of the same name."""
+    short = _slug(plan.name)[:32].strip("-")
+    return _cluster(plan).tpu or f"podlaunch-{short}-{run_id(plan.run_directory)[:6]}"
 
 
 def _slug(text: str) -> str:
+    """`text` as Google's labels and names take it."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63]
 
 
@@ -251,10 +258,8 @@ def state(run: RunDirectory) -> State:
     if condition.status == "absent" or (_cluster(plan).tpu and not _has_agents(run)):
         return recorded_state(run)
     status = "running" if condition.status == "ready" and _has_agents(run) else "queued"
-    return State(
-        status,
-        f"{_name(plan)} is {condition.status}, and no launcher looks after it; `launch attach {run.name}`",
-    )
+    detail = f"{_name(plan)} is {condition.status}, and no launcher looks after it"
+    return State(status, f"{detail}; `launch attach {run.name}`")
 
 
 def _has_agents(run: RunDirectory) -> bool:
@@ -263,20 +268,17 @@ def _has_agents(run: RunDirectory) -> bool:
 
 def leftovers(project: str | None) -> list[Resource]:
     """All resources of a project that podlaunch created and that still exist."""
-    from launcher.providers.cloud_tpu import CloudTpu, project_and_zone
-
     return CloudTpu(project_and_zone(project, "-")[0], "-").list_labelled(OWNER)
 
 
 def describe(resource: Resource) -> str:
     """State, age and owner of a resource, and its cost since it was created."""
     labels, hours = resource.labels, (datetime.now(UTC) - resource.created).total_seconds() / 3600
-    words = f"{resource.state.status}, {hours:.1f} h old"
-    if resource.state.status in ("ready", "repairing") and "podlaunch-chips" in labels:
-        generation, provisioning = labels["podlaunch-generation"], labels["podlaunch-provisioning"]
-        chips = int(labels["podlaunch-chips"])
-        words = f"{resource.state.status}, {costs.cost_so_far(chips, generation, provisioning, hours, costs.load_prices())}"
-    return f"{words}, {labels.get('podlaunch-owner', 'of nobody')}'s"
+    cost = f"{hours:.1f} h old"
+    if resource.condition.status in ("ready", "repairing") and "podlaunch-chips" in labels:
+        price = costs.price(labels["podlaunch-generation"], labels["podlaunch-provisioning"])
+        cost = costs.cost_so_far(int(labels["podlaunch-chips"]), hours, price)
+    return f"{resource.condition.status}, {cost}, {labels.get('podlaunch-owner', 'of nobody')}'s"
 
 
 def may_be_deleted(resource: Resource) -> bool:
@@ -292,8 +294,6 @@ def may_be_deleted(resource: Resource) -> bool:
 
 
 def delete(project: str | None, resource: Resource) -> None:
-    from launcher.providers.cloud_tpu import CloudTpu, project_and_zone
-
     CloudTpu(project_and_zone(project, resource.zone)[0], resource.zone).delete(resource.name)
 
 
@@ -308,7 +308,7 @@ def can_restart(plan: Plan, run: RunDirectory) -> bool:
     """True; a slice with a VM that failed twice is deleted first, so that the restart creates another."""
     failures = [a["failure"] for a in run.attempts.of_launch() if a["failure"]]
     counts = Counter(f["host"] for f in failures if f["cause"] in ("lost", "not started"))
-    if failures and counts[failures[-1]["host"]] >= FAILURES_OF_A_BAD_VM and not _cluster(plan).tpu:
+    if failures and counts[failures[-1]["host"]] >= BAD_VM_FAILURES and not _cluster(plan).tpu:
         with contextlib.suppress(UnreachableError, UserError):  # otherwise the restart tries the same slice
             _provider(plan).delete(_name(plan))
     return True
@@ -326,10 +326,7 @@ def adopt(plan: Plan, run: RunDirectory, attempt: int) -> RemoteGang | None:
 
 def _gang(plan: Plan, run: RunDirectory, attempt: int, *, adopted: bool) -> RemoteGang:
     cluster = _cluster(plan)
-    hosts = Hosts(
-        _provider(plan),
-        _name(plan),
-        request=None if cluster.tpu else lambda: _request(plan, _key(cluster)),
-        key=_key(cluster),
-    )
+    key = _key(cluster)
+    request = None if cluster.tpu else lambda: _request(plan, key)
+    hosts = Hosts(_provider(plan), _name(plan), request, key)
     return RemoteGang(RemoteAttempt(plan, run, attempt), hosts, adopted=adopted)

@@ -3,7 +3,10 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,14 +15,19 @@ from launcher.commands import console, execution
 from launcher.commands.arguments import plan_on, recipe_arguments, run_name
 from launcher.commands.runs import check_can_resume, is_complete, state_of
 
-# A job may begin before the launcher that submitted it has recorded its id.
-PATIENCE_SECONDS = 60.0
+if TYPE_CHECKING:
+    from launcher.host.external import WorkerHost
+    from launcher.plan import ClusterSpec
+    from launcher.rundir import RunDirectory
+
+# A job may begin before the launcher that submitted it has recorded its id and released the lock.
+LOCK_TIMEOUT_SECONDS = 60.0
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 def supervise(directory: Path) -> None:
-    """Run what is planned in DIRECTORY, in this SLURM job; the last line of its script."""
+    """Carry out the plan in DIRECTORY, in this SLURM job; the last line of its script."""
     from launcher import backends
     from launcher.rundir import RunDirectory
 
@@ -29,7 +37,7 @@ def supervise(directory: Path) -> None:
             f"run directory {directory} is not visible on {os.uname().nodename}: it must be on a file system that "
             "all nodes share; choose another place with --root"
         )
-    with run.locked(patience_seconds=PATIENCE_SECONDS):
+    with run.locked(timeout_seconds=LOCK_TIMEOUT_SECONDS):
         plan = run.plan()
     if plan is None or plan.submission is None:
         raise UserError(f"{directory} holds no plan for a SLURM job; see `launch --help`")
@@ -42,44 +50,18 @@ def supervise(directory: Path) -> None:
 @recipe_arguments
 def worker(config: Path, overrides: tuple[str, ...], name: str | None, root: str) -> None:
     """Be one process of a run: srun … launch worker CONFIG, or on each VM of a TPU slice."""
-    from launcher import backends, clusters
-    from launcher.backends import slurm_commands
-    from launcher.host.external import REFUSED, ExternalExecutor, WorkerHost
+    from launcher import backends
+    from launcher.host.external import REFUSED, ExternalExecutor, start_worker_on
     from launcher.host.process import shell_exit_code
-    from launcher.host.task import SlurmTaskHost
-    from launcher.host.tpu_vm import TpuVmHost
-    from launcher.machine import metadata
-    from launcher.machine.slurm import current_task
-    from launcher.rundir import RunDirectory
 
-    task = current_task()
-    vm = None if task else metadata.tpu_worker()
-    if task is not None:
-        run = RunDirectory(Path(root).absolute() / run_name(config, name))
-        host: WorkerHost = SlurmTaskHost(task, run)
-        process, spec, stopped_by = (
-            task.process,
-            clusters.from_slurm_task(task),
-            slurm_commands.current_stop_cause,
-        )
-    elif vm is not None:
-        if not root.startswith("gs://"):
-            raise UserError(
-                f"--root {root}: the VMs of a slice share no folder; give --root gs://bucket/prefix"
-            )
-        run = RunDirectory(f"{root}/{run_name(config, name)}")
-        host = vm_host = TpuVmHost(vm, run)
-        process, spec, stopped_by = vm_host.process, clusters.from_tpu_worker(vm), lambda: "preempted"
-    else:
-        raise UserError(
-            "launch worker: this is no task of a SLURM step and no TPU VM; type `launch CONFIG`, or srun before it"
-        )
-    if process:
+    place = _place_of_worker(root, run_name(config, name))
+    host, run = place.host, place.run
+    if place.process:
         signal.signal(signal.SIGTERM, lambda *_: host.request_stop())
-        sys.exit(shell_exit_code(host.wait()) if host.start() else 0)
+        sys.exit(shell_exit_code(host.wait()) if start_worker_on(host, run) else 0)
     try:
-        plan = plan_on(spec, config, overrides, name, root, max_restarts=0)
-        if vm is not None and run.plan() and (state := state_of(run)).is_active:
+        plan = plan_on(place.cluster, config, overrides, name, root, max_restarts=0)
+        if plan.backend == "tpu" and run.plan() and (state := state_of(run)).is_active:
             raise UserError(f"run {plan.name} is {state}; end it first with `launch stop {plan.name}`")
         check_can_resume(plan, run)
     except UserError:
@@ -89,5 +71,42 @@ def worker(config: Path, overrides: tuple[str, ...], name: str | None, root: str
         host.cancel()
         return
     console.print_plan(plan)
-    executor = ExternalExecutor(host, backends.get(plan.backend).job_info(), stopped_by)
+    executor = ExternalExecutor(host, backends.get(plan.backend).job_info(), place.stopped_by)
     sys.exit(execution.train(plan, run, executor, requeue=False, begin=True))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The process that `launch worker` is to be."""
+
+    process: int
+    run: "RunDirectory"
+    cluster: "ClusterSpec"
+    host: "WorkerHost"
+    stopped_by: Callable[[], str]
+    """As `Gang.stopped_by`."""
+
+
+def _place_of_worker(root: str, name: str) -> _Place:
+    """Raises UserError where this is neither a task of SLURM nor a TPU VM."""
+    from launcher import clusters
+    from launcher.backends import slurm_commands
+    from launcher.host.task import SlurmTaskHost
+    from launcher.host.tpu_vm import TpuVmHost
+    from launcher.machine import metadata
+    from launcher.machine.slurm import current_task
+    from launcher.rundir import RunDirectory
+
+    if task := current_task():
+        run, spec = RunDirectory(Path(root).absolute() / name), clusters.from_slurm_task(task)
+        return _Place(task.process, run, spec, SlurmTaskHost(task, run), slurm_commands.current_stop_cause)
+    vm = metadata.tpu_worker()
+    if vm is None:
+        raise UserError(
+            "launch worker: this is no task of a SLURM step and no TPU VM; type `launch CONFIG`, or srun before it"
+        )
+    if not root.startswith("gs://"):
+        raise UserError(f"--root {root}: the VMs of a slice share no folder; give --root gs://bucket/prefix")
+    run = RunDirectory(f"{root}/{name}")
+    vm_host = TpuVmHost(vm, run)
+    return _Place(vm_host.process, run, clusters.from_tpu_worker(vm), vm_host, lambda: "preempted")

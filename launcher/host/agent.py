@@ -32,10 +32,11 @@ from launcher.rundir import RunDirectory, run_id
 FOLDER = "podlaunch"
 """Folder below the home of a VM."""
 MIRROR_SECONDS = 3.0
-# The reports of process 0 are shown. Of the others only changes matter, and that they are alive.
+# The reports of process 0 are shown to the user. Those of the others only tell changes of phase, and that they live.
 REPORT_SECONDS = 30.0
 # An object cannot be appended to, so a log that has grown is sent whole: the longer it is, the less often.
 LOG_BYTES_PER_SECOND = 128 << 10
+# Google announces the preemption of a spot VM 30 s ahead, and the save has to fit into that.
 NOTICE_SECONDS = 2.0
 START_SECONDS = 60.0
 END_SECONDS = 10.0
@@ -65,7 +66,7 @@ class Agent:
 
     def __init__(self, folder: Path, spec: WorkerSpec):
         self._spec = spec
-        self._plan = Plan.from_json(json.dumps(spec.plan))
+        self._plan = Plan(**spec.plan)
         self._local = RunDirectory(folder / "run")
         self._port: socket.socket | None = None
         self.notice = ""
@@ -79,11 +80,12 @@ class Agent:
         shutil.rmtree(self._local.path, ignore_errors=True)
         self._local.write_plan(plan)
         self._local.attempts.write_info(spec.attempt, {})
-        host, _, port = spec.coordinator.rpartition(":")
         if spec.process == 0:
+            host, _, port = spec.coordinator.rpartition(":")
             self._port = reserve_port(host, int(port))
         environment = worker_environment(plan, spec.process, spec.coordinator)
         self._worker = start_worker(self._local, spec.attempt, spec.environment | environment | spec.secrets)
+        # Threads, since this one waits for the worker.
         for work in (self._mirror.run, self._watch_notices):
             threading.Thread(target=work, daemon=True).start()
 
@@ -139,9 +141,9 @@ class Mirror:
 
     def _send_report(self, final: bool) -> None:
         report = self._local.hosts.report(self._process)
-        is_news = report.get("phase") != self._report.get("phase") or self._process == 0
+        is_shown = report.get("phase") != self._report.get("phase") or self._process == 0
         due = time.monotonic() - self._report_sent > REPORT_SECONDS
-        if report != self._report and (is_news or due or final):
+        if report != self._report and (is_shown or due or final):
             self._remote.hosts.write_report(self._process, report)
             self._report, self._report_sent = report, time.monotonic()
 
@@ -171,7 +173,9 @@ def _start(folder: Path) -> None:
             start_new_session=True,
         )
     assert agent.stdin is not None
-    with contextlib.suppress(BrokenPipeError), agent.stdin:  # an agent that ends early says why in its log
+    # The spec goes through a pipe, since it may hold secrets, which the command line would show to all users. An
+    # agent that ends before it reads says why in its log.
+    with contextlib.suppress(BrokenPipeError), agent.stdin:
         agent.stdin.write(json.dumps(dataclasses.asdict(spec)).encode())
     deadline = time.monotonic() + START_SECONDS
     while not journal.exists():
@@ -181,7 +185,7 @@ def _start(folder: Path) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _serve(folder: Path) -> int:
+def _serve(folder: Path) -> None:
     spec = WorkerSpec(**json.load(sys.stdin))
     journal = _Journal(folder, spec)
     _pid_file(folder).write_text(str(os.getpid()))  # before there is a worker that others may have to end
@@ -191,13 +195,11 @@ def _serve(folder: Path) -> int:
         signal.signal(signal.SIGTERM, lambda *_: agent.request_stop())
         signal.signal(signal.SIGUSR1, lambda *_: agent.kill())
         journal.write()
-        code, error = agent.wait(), ""
-        journal.write(exit=code, error=error, notice=agent.notice)
+        journal.write(exit=agent.wait(), error="", notice=agent.notice)
     except UserError as e:
         journal.write(exit=2, error=str(e))
     except OSError as e:  # a full disk, a port that is taken
         journal.write(exit=1, error=f"{type(e).__name__}: {e}", cause="not started")
-    return 0
 
 
 class _Journal:
@@ -252,8 +254,11 @@ def _signal(folder: Path, number: int) -> None:
 # Watching an agent
 
 
-def _watch(folder: Path, attempt: int) -> int:
-    """Print the journal to its end, with empty objects in between as heartbeats."""
+def _watch(folder: Path, attempt: int) -> None:
+    """Print the journal to its end, with empty objects in between as heartbeats.
+
+    Without heartbeats ssh could not tell a broken connection from an agent that has nothing to say.
+    """
     journal = _journal_file(folder, attempt)
     threading.Thread(target=_read_commands, args=(folder,), name="commands", daemon=True).start()
     printed, last_heartbeat = 0, 0.0
@@ -263,12 +268,12 @@ def _watch(folder: Path, attempt: int) -> int:
         for line in lines[printed:]:
             print(line, flush=True)
             if "exit" in json.loads(line):
-                return 0
+                return
         printed = len(lines)
         if alive is None:
-            error = "its agent was killed" if lines else f"attempt {attempt} is not known there"
+            error = "its agent was killed" if lines else f"it has no record of attempt {attempt}"
             print(json.dumps({"exit": 1, "cause": "lost", "error": error, "time": time.time()}), flush=True)
-            return 0
+            return
         if time.monotonic() - last_heartbeat > HEARTBEAT_SECONDS:
             print("{}", flush=True)
             last_heartbeat = time.monotonic()
@@ -289,9 +294,10 @@ def main() -> None:
         if command == "start":
             _start(folder)
         elif command == "serve":
-            sys.exit(_serve(folder))
+            _serve(folder)
         else:
-            os._exit(_watch(folder, int(sys.argv[3])))  # at once: the other thread never ends
+            _watch(folder, int(sys.argv[3]))
+            os._exit(0)  # not by returning: the thread that reads commands never ends
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(2)

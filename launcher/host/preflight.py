@@ -1,4 +1,4 @@
-"""The checks on a TPU VM before anything runs there: whatever would fail later is found now, in words.
+"""The checks on a TPU VM before anything runs there, so that what would fail later is explained now.
 
 `python -m podlaunch.host preflight FOLDER` reads a PreflightRequest on standard input and answers with a
 PreflightReport as a line of JSON. On host 0 it then listens until its standard input ends, so that the other hosts
@@ -10,7 +10,7 @@ import json
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
 LOCK_FILE = Path("/tmp/libtpu_lockfile")  # noqa: S108 (libtpu's choice)
-# jax's own ports, for firewalls that let nothing else through (https://github.com/jax-ml/jax/issues/35905).
+# jax's own ports, old and new: Google's firewall rules let 8476 through, and not always 8482
+# (https://github.com/jax-ml/jax/issues/35905).
 KNOWN_PORTS = (8476, 8482)
 CONNECT_SECONDS = 5.0
 
@@ -54,7 +55,7 @@ class PreflightReport:
 
 def run_checks(folder: Path, request: PreflightRequest) -> PreflightReport:
     """End what an earlier attempt has left in `folder`, and check this host."""
-    plan = Plan.from_json(json.dumps(request.plan))
+    plan = Plan(**request.plan)
     end_previous(folder)
     problems = [*_chip_problems(plan), *_path_problems(plan), *_bucket_problems(plan, request.process)]
     ports = [port for port in request.ports if _reaches(request.address, port)]
@@ -72,9 +73,11 @@ def _chip_problems(plan: Plan, dev: Path = Path("/dev")) -> list[str]:
         return [
             f"{len(chips)} TPU chips are visible, the plan has {expected}: delete this TPU, and create another"
         ]
-    if found := processes_using(chips):
-        return [f"its TPU chips are in use by {', '.join(found)}: end that, or use another TPU"]
-    with contextlib.suppress(OSError):  # a killed process leaves the file behind
+    if users := processes_using(chips):
+        return [f"its TPU chips are in use by {', '.join(users)}: end that, or use another TPU"]
+    # A killed process leaves the file behind, and libtpu would refuse to start
+    # (https://github.com/jax-ml/jax/issues/10192).
+    with contextlib.suppress(OSError):
         LOCK_FILE.unlink(missing_ok=True)
     return []
 
@@ -93,7 +96,7 @@ def _bucket_problems(plan: Plan, process: int) -> list[str]:
     """Whether this host can write to the run directory, which it does as its own service account."""
     try:
         run = RunDirectory(plan.run_directory)
-        run.hosts.report(process)  # first, since a write waits long for a bucket that is out of reach
+        run.hosts.report(process)  # first, since a write is retried for ten minutes where no bucket answers
         run.hosts.write_report(process, {"phase": "checked", "time": time.time()})
     except UserError as e:
         return [str(e)]
@@ -103,16 +106,11 @@ def _bucket_problems(plan: Plan, process: int) -> list[str]:
 def listen(address: str) -> list[socket.socket]:
     """Sockets that listen at `address`: at a free port, and at those known ports that are free."""
     listening = []
+    # The free port comes first, and the launcher takes the first that all hosts reach: a port that changes with each
+    # attempt meets no process that an earlier attempt has left.
     for port in (0, *KNOWN_PORTS):
-        s = socket.socket()
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((address, port))
-        except OSError:
-            s.close()
-            continue
-        s.listen(1024)
-        listening.append(s)
+        with contextlib.suppress(OSError):  # another process has the port
+            listening.append(socket.create_server((address, port), backlog=1024))
     return listening
 
 
@@ -125,14 +123,13 @@ def _reaches(address: str, port: int) -> bool:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
     request = PreflightRequest(**json.loads(sys.stdin.readline()))
-    found = run_checks(folder, request)
+    report = run_checks(Path(sys.argv[1]), request)
     listening = [] if request.process else listen(request.address)
-    ports = [s.getsockname()[1] for s in listening] or found.ports
+    report.ports.extend(s.getsockname()[1] for s in listening)
     if not (request.process or listening):
-        found.problems.append(f"it cannot listen at {request.address}: no network interface here has it")
-    print(json.dumps({**found.__dict__, "ports": ports}), flush=True)
+        report.problems.append(f"it cannot listen at {request.address}: no network interface here has it")
+    print(json.dumps(asdict(report)), flush=True)
     if listening:
         sys.stdin.read()
 

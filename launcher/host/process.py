@@ -11,6 +11,7 @@ from launcher.rundir import RunDirectory
 # jax adds this flag up: an inherited one would contradict the number of CPU devices in the plan.
 CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 HEARTBEAT_SECONDS = 3.0
+"""How often tasks and agents tell the launcher that they live."""
 
 
 def host_program(name: str, *arguments: str, python: str = sys.executable) -> list[str]:
@@ -44,16 +45,14 @@ def start_worker(
 
     The worker ends when the standard input that this process holds is closed.
     """
-    inherited = dict(os.environ)
-    flags = [f for f in inherited.get("XLA_FLAGS", "").split() if not f.startswith(CPU_DEVICES_FLAG)]
-    inherited["XLA_FLAGS"] = " ".join(flags)
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(CPU_DEVICES_FLAG)]
     with run.hosts.log_file(attempt, int(environment["LAUNCH_PROCESS"])).open("ab") as log:
         return subprocess.Popen(
             WORKER,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**inherited, **environment},
+            env={**os.environ, "XLA_FLAGS": " ".join(flags), **environment},
             start_new_session=True,
         )
 

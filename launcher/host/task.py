@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from launcher.host.external import CANCELLED, REFUSED, REFUSED_MESSAGE
+from launcher.host.external import CANCELLED, start_worker_on
 from launcher.host.process import HEARTBEAT_SECONDS, shell_exit_code, start_worker, worker_environment
 from launcher.machine.devices import num_nvidia_gpus
 from launcher.machine.network import address, reserve_port
@@ -25,6 +25,8 @@ from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
 INTERFACE = "LAUNCH_INTERFACE"
+"""Variable with the cluster's network interface."""
+# Containers fetch their images meanwhile, at different speeds.
 RENDEZVOUS_SECONDS = 600.0
 POLL_SECONDS = 0.1
 
@@ -33,45 +35,42 @@ class SlurmTaskHost:
     """The worker of one task, from the rendezvous with the other tasks to its end."""
 
     def __init__(self, task: SlurmTask, run: RunDirectory):
-        self.task, self._run = task, run
+        self._task, self._run = task, run
         self.node = task.node
         self._lock = threading.RLock()  # a signal handler may find its own thread holding the lock
         self._worker: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self._port: socket.socket | None = None
 
-    def start(self, attempt: int | None = None) -> bool:
+    def rendezvous(self, attempt: int | None) -> tuple[int, str]:
         if attempt is not None:
             self._check_visible(attempt)
-        if self.task.process == 0:
-            assert attempt is not None
-            attempt, coordinator = self._announce(attempt)
-        else:
-            attempt, coordinator = self._wait_for_process_0()
-        if attempt == REFUSED:
-            raise UserError(REFUSED_MESSAGE)
-        if attempt == CANCELLED:
-            return False
-        plan = self._run.plan()
-        assert plan is not None  # written before the attempt began
+        if self._task.process:
+            return self._wait_for_process_0()
+        assert attempt is not None
+        host = address(self.node, self._task.nodes, os.environ.get(INTERFACE))
+        # Held until this process ends: nothing else may take the port before jax's coordinator listens.
+        self._port = reserve_port(host)
+        coordinator = f"{host}:{self._port.getsockname()[1]}"
+        self._announce(attempt, coordinator)
+        return attempt, coordinator
+
+    def start(self, plan: Plan, attempt: int, coordinator: str) -> None:
         environment = {
             **_network_environment(),
-            **worker_environment(plan, self.task.process, coordinator),
-            **device_environment(plan, self.task, num_nvidia_gpus()),
+            **worker_environment(plan, self._task.process, coordinator),
+            **device_environment(plan, self._task, num_nvidia_gpus()),
         }
         with self._lock:
             try:
                 self._worker = start_worker(self._run, attempt, environment)
             except OSError as e:
-                raise UserError(
-                    f"{self._run.path} cannot be written on {self.task.node}: {e.strerror}"
-                ) from None
-            if self._stopped:
+                raise UserError(f"{self._run.path} cannot be written on {self.node}: {e.strerror}") from None
+            if self._stopped:  # the request came during the rendezvous
                 self._worker.terminate()
-        return True
 
     def cancel(self, reason: int = CANCELLED) -> None:
-        self._write_rendezvous(reason, "")
+        self._announce(reason, "")
 
     def wait(self) -> int:
         assert self._worker is not None
@@ -92,43 +91,38 @@ class SlurmTaskHost:
         # A directory of the same name may be left on this host's own disk.
         if not self._run.attempts.info(attempt):
             raise UserError(
-                f"run directory {self._run.path} is not visible on {self.task.node}: it must be on a file "
+                f"run directory {self._run.path} is not visible on {self.node}: it must be on a file "
                 "system that all nodes share; choose another place with --root"
             )
 
-    # The tasks meet by a file that process 0 fills
+    # The rendezvous is a file to which process 0 appends a line
 
-    def _rendezvous(self) -> Path:
-        return self._run.rendezvous.file(f"{self.task.step}.{self.task.restart}")
+    def _rendezvous_file(self) -> Path:
+        # A requeued job counts its steps from 0 again, so the number of restarts is part of the name.
+        return self._run.rendezvous.file(f"{self._task.step}.{self._task.restart}")
 
-    def _announce(self, attempt: int) -> tuple[int, str]:
-        host = address(self.task.node, self.task.nodes, os.environ.get(INTERFACE))
-        self._port = reserve_port(host)
-        coordinator = f"{host}:{self._port.getsockname()[1]}"
-        self._write_rendezvous(attempt, coordinator)
-        return attempt, coordinator
-
-    def _write_rendezvous(self, attempt: int, coordinator: str) -> None:
-        with self._rendezvous().open("a", encoding="utf-8") as f:
+    def _announce(self, attempt: int, coordinator: str) -> None:
+        with self._rendezvous_file().open("a", encoding="utf-8") as f:
             f.write(json.dumps([attempt, coordinator]) + "\n")
 
     def _wait_for_process_0(self) -> tuple[int, str]:
         deadline = time.monotonic() + RENDEZVOUS_SECONDS
         while time.monotonic() < deadline:
             try:
-                # The first task makes the file, and each look opens it anew: NFS would cache its absence for a minute.
-                with self._rendezvous().open("a+", encoding="utf-8") as f:
+                # Whichever task comes first creates the file, and each try opens it anew: NFS would cache for a
+                # minute that it is absent.
+                with self._rendezvous_file().open("a+", encoding="utf-8") as f:
                     f.seek(0)
                     line = f.read()
-            except OSError:
+            except OSError:  # NFS can fail for a moment, for instance with a stale handle
                 line = ""
-            if line.endswith("\n"):
+            if line.endswith("\n"):  # otherwise the line is still being written
                 attempt, coordinator = json.loads(line)
                 return attempt, coordinator
             time.sleep(POLL_SECONDS)
         raise UserError(
-            f"{self.task.node} has heard nothing of process 0 in {self._run.path} for {RENDEZVOUS_SECONDS:.0f} s: is "
-            f"that the same directory on {self.task.nodes[0]}? It must be on a file system that all nodes share"
+            f"{self.node} has heard nothing of process 0 in {self._run.path} for {RENDEZVOUS_SECONDS:.0f} s: is "
+            f"that the same directory on {self._task.nodes[0]}? It must be on a file system that all nodes share"
         )
 
 
@@ -180,6 +174,7 @@ def _read_commands(host: SlurmTaskHost) -> None:
     for line in sys.stdin.buffer:
         if line.strip() == b"stop":
             host.request_stop()
+    # End of file: the launcher has closed the channel, or is gone.
     host.kill()
     os._exit(1)
 
@@ -188,13 +183,14 @@ def main() -> None:
     """Entry point of `python -m podlaunch.host task RUN ATTEMPT`, a task of the launcher's srun; never returns."""
     task = current_task()
     assert task is not None
-    host, reports = SlurmTaskHost(task, RunDirectory(Path(sys.argv[1]))), _Reports(task)
+    run = RunDirectory(Path(sys.argv[1]))
+    host, reports = SlurmTaskHost(task, run), _Reports(task)
     # SLURM signals the worker, too, but this process may get the signal before the worker exists.
     signal.signal(signal.SIGTERM, lambda *_: host.request_stop())
     threading.Thread(target=reports.send_heartbeats, name="heartbeat", daemon=True).start()
     threading.Thread(target=_read_commands, args=(host,), name="commands", daemon=True).start()
     try:
-        host.start(int(sys.argv[2]))
+        start_worker_on(host, run, int(sys.argv[2]))
         code, error = host.wait(), ""
     except UserError as e:
         code, error = 2, str(e)

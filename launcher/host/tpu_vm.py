@@ -4,19 +4,23 @@ import json
 import os
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
 
 from configs.errors import UserError
 from launcher.accelerators import megascale_environment
 from launcher.host.agent import Agent, WorkerSpec, agent_folder
-from launcher.host.external import CANCELLED, REFUSED, REFUSED_MESSAGE
+from launcher.host.external import CANCELLED, REFUSED
 from launcher.machine.metadata import TpuWorker
 from launcher.machine.network import reserve_port
+from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-RENDEZVOUS_SECONDS = float(os.environ.get("LAUNCH_RENDEZVOUS_SECONDS", "300"))
+RENDEZVOUS_SECONDS = float(os.environ.get("LAUNCH_MEETING_SECONDS", "300"))
+# A refused process 0 waits only so long for the others, whom it tells of the refusal.
 REFUSED_SECONDS = 30.0
+# Each round lists and reads objects of the bucket, on every VM.
 POLL_SECONDS = 1.0
 ANNOUNCEMENT = "announcement"
 
@@ -28,27 +32,20 @@ class TpuVmHost:
         self._run = run
         self.process = worker.slice * len(worker.addresses) + worker.worker
         self._processes = worker.slices * len(worker.addresses)
-        self.node = self._address = worker.addresses[worker.worker]
+        self.node = worker.addresses[worker.worker]
         self._worker = worker
         self._stopped = threading.Event()
         self._agent: Agent | None = None
 
-    def start(self, attempt: int | None = None) -> bool:
-        attempt, coordinator = self._wait_for_process_0() if attempt is None else self._announce(attempt)
-        if attempt == REFUSED:
-            raise UserError(REFUSED_MESSAGE)
-        if attempt == CANCELLED:
-            return False
-        plan = self._run.plan()
-        assert plan is not None  # written before the attempt began
-        spec = WorkerSpec(
-            json.loads(plan.to_json()), attempt, self.process, coordinator, self._slice_environment()
-        )
+    def rendezvous(self, attempt: int | None) -> tuple[int, str]:
+        return self._wait_for_process_0() if attempt is None else self._announce(attempt)
+
+    def start(self, plan: Plan, attempt: int, coordinator: str) -> None:
+        spec = WorkerSpec(asdict(plan), attempt, self.process, coordinator, self._slice_environment())
         self._agent = Agent(agent_folder(self._run.location, Path.home()), spec)
         self._agent.start()
-        if self._stopped.is_set():
+        if self._stopped.is_set():  # the request came during the rendezvous
             self._agent.request_stop()
-        return True
 
     def cancel(self, reason: int = CANCELLED) -> None:
         self._announce(reason)
@@ -72,14 +69,13 @@ class TpuVmHost:
             return {}
         return megascale_environment(worker.megascale_coordinator, worker.slices, worker.slice)
 
-    # Each VM leaves a random message of its own. When all have come, process 0 announces the coordinator and repeats
+    # Each VM writes a random message of its own. When all have come, process 0 announces the coordinator and repeats
     # their messages, so that no VM takes the announcement of an earlier launch for this one.
 
     def _announce(self, attempt: int) -> tuple[int, str]:
-        self._run.rendezvous.clear()
-        port = reserve_port(self._address)
-        coordinator = f"{self._address}:{port.getsockname()[1]}"
-        port.close()  # the agent reserves it again
+        self._run.rendezvous.clear()  # a VM whose message this deletes writes it again
+        with reserve_port(self.node) as port:  # the agent reserves it again
+            coordinator = f"{self.node}:{port.getsockname()[1]}"
         others = {str(process) for process in range(1, self._processes)}
         deadline = time.monotonic() + (REFUSED_SECONDS if attempt == REFUSED else RENDEZVOUS_SECONDS)
         while missing := others - set(self._run.rendezvous.messages()):
@@ -95,12 +91,12 @@ class TpuVmHost:
         return attempt, coordinator
 
     def _describe_missing(self, missing: list[int]) -> str:
-        one = len(self._worker.addresses)
-        names = [
-            f"worker {p % one}" + (f" of slice {p // one}" if self._worker.slices > 1 else
-                                   f" ({self._worker.addresses[p]})")
-            for p in missing[:4]
-        ]  # fmt: skip
+        addresses = self._worker.addresses
+        if self._worker.slices > 1:
+            per_slice = len(addresses)
+            names = [f"worker {p % per_slice} of slice {p // per_slice}" for p in missing[:4]]
+        else:
+            names = [f"worker {p} ({addresses[p]})" for p in missing[:4]]
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         return (
             f"{', '.join(names)}{more} has not come in {RENDEZVOUS_SECONDS:.0f} s: start `launch worker` with the same "

@@ -24,8 +24,10 @@ from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
 BEGUN = time.time()
+# jax's default is 100 s, in which the devices of all other hosts would wait for a host that is gone.
 HEARTBEAT_TIMEOUT_SECONDS = 30
 INITIALIZATION_TIMEOUT_SECONDS = 300
+# How long a process that is done waits for its peers. jax's default is 300 s.
 SHUTDOWN_TIMEOUT_SECONDS = 60
 
 
@@ -47,20 +49,17 @@ def membership() -> Membership:
     values = [os.environ.get(name) for name in names]
     if values == [None, None, None]:
         return Membership(None, 1, 0)
+    coordinator, processes, process = (value or "" for value in values)
     missing = [name for name, value in zip(names, values, strict=True) if not value]
     if missing:
         raise UserError(
             f"{', '.join(missing)} not set, but others of {', '.join(names)} are: set all or none"
         )
-    try:
-        member = Membership(values[0], int(values[1] or ""), int(values[2] or ""))
-    except ValueError:
-        member = Membership(values[0], 0, 0)
-    if not 0 <= member.process < member.processes:
+    if not (process.isdecimal() and processes.isdecimal() and int(process) < int(processes)):
         raise UserError(
-            f"LAUNCH_PROCESS = {values[2]} of LAUNCH_PROCESSES = {values[1]}: must be a number from 0, below the other"
+            f"LAUNCH_PROCESS = {process} of LAUNCH_PROCESSES = {processes}: must be a number from 0, below the other"
         )
-    return member
+    return Membership(coordinator, int(processes), int(process))
 
 
 class Reporter:
@@ -87,7 +86,7 @@ class Reporter:
     def _beat(self) -> None:
         while True:
             time.sleep(1.0)
-            with contextlib.suppress(OSError):  # of a full disk, the write that matters raises
+            with contextlib.suppress(OSError):  # on a full disk, the write that matters raises
                 self()
 
 
@@ -116,6 +115,7 @@ def main() -> None:
     """Entry point of `python -m podlaunch.host worker`; never returns."""
     faulthandler.enable()
     if "--exit-with-stdin" in sys.argv[1:]:
+        # A thread, since the launcher may end while this process is inside a call of XLA.
         threading.Thread(target=_exit_with_stdin, name="lifeline", daemon=True).start()
     code = 1
     try:
@@ -188,6 +188,7 @@ def _train(plan: Plan, member: Membership, reporter: Reporter) -> int:
             member.coordinator,
             member.processes,
             member.process,
+            # Detection would choose the devices as well: in a SLURM step, one GPU for each process.
             cluster_detection_method="deactivate",
             coordinator_bind_address=member.coordinator,  # by default all interfaces
             initialization_timeout=INITIALIZATION_TIMEOUT_SECONDS,
@@ -202,17 +203,12 @@ def _train(plan: Plan, member: Membership, reporter: Reporter) -> int:
             fields["seconds"] = start | fields["seconds"]
         reporter(**fields)
 
-    outcome = train(
-        plan.run_config(),
-        steps=plan.steps,
-        directory=Path(plan.run_directory),
-        report=report,
-        stop_requested=StopSignal(),
-    )
-    report(
-        phase=outcome.status, seconds=outcome.seconds, outcome=dataclasses.asdict(outcome), **outcome.metrics
-    )
+    config, directory = plan.run_config(), Path(plan.run_directory)
+    outcome = train(config, steps=plan.steps, directory=directory, report=report, stop_requested=StopSignal())
+    result = dataclasses.asdict(outcome)
+    report(phase=outcome.status, seconds=outcome.seconds, outcome=result, **outcome.metrics)
     if member.processes > 1:
+        # The coordinator is in process 0: if that left first, the others would abort, and the run seem to have failed.
         jax.distributed.shutdown()
     return 0 if outcome.status == "completed" else 75
 
@@ -221,28 +217,29 @@ def _configure(jax: Any) -> None:
     """Keep compiled programs between runs, unless the user has chosen another folder for them."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        # By default only what takes a second is kept, but a start compiles many small programs, too.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # The processes agree on stop requests in the train step; jax's own service would take SIGTERM from us.
     jax.config.update("jax_enable_preemption_service", False)
 
 
 def _check_code(plan: Plan) -> None:
-    if found := differences(plan.provenance):
+    if changes := differences(plan.provenance):
         raise UserError(
-            f"{socket.gethostname()} does not have what this run was planned with: {'; '.join(found)}. Give all hosts "
+            f"{socket.gethostname()} does not have what this run was planned with: {'; '.join(changes)}. Give all hosts "
             "the same, then `launch` again; a run of days wants a checkout of its own (git worktree)"
         )
 
 
 def _verify(plan: Plan, jax: Any) -> None:
     """Raises UserError where the devices are not the planned ones, as where a process has not found its peers."""
-    seen = (jax.process_count(), jax.local_device_count(), jax.default_backend())
-    planned = (plan.processes, plan.devices_per_process, plan.platform)
-    if seen != planned:
+    processes, devices, platform = jax.process_count(), jax.local_device_count(), jax.default_backend()
+    if (processes, devices, platform) != (plan.processes, plan.devices_per_process, plan.platform):
         raise UserError(
-            f"process {jax.process_index()} on {socket.gethostname()} sees {seen[0]} processes, {seen[1]} "
-            f'local devices of platform {seen[2]}; the plan for cluster "{plan.cluster}" has {planned[0]}, '
-            f"{planned[1]} and {planned[2]}. Choose the --cluster that this machine is, or mend jax's installation"
+            f"process {jax.process_index()} on {socket.gethostname()} sees {processes} processes, {devices} local "
+            f'devices of platform {platform}; the plan for cluster "{plan.cluster}" has {plan.processes}, '
+            f"{plan.devices_per_process} and {plan.platform}. Choose the --cluster that this machine is, or mend jax's "
+            "installation"
         )
 
 

@@ -49,7 +49,7 @@ class Condition:
 
     status: str
     """`absent`, `waiting` in the queue, `creating`, `ready`, `repairing` (the machines may come back), `lost` (they
-    do not come back by themselves), or `leaving` (they are being deleted)."""
+    do not come back by themselves), or `deleting`."""
     detail: str = ""
     """What the provider says."""
     owner: str = field(default="", compare=False)
@@ -80,10 +80,8 @@ class Resource:
 
     name: str
     zone: str
-    kind: str
-    """`node` or `queued resource`."""
     accelerator_type: str
-    state: Condition
+    condition: Condition
     created: datetime
     labels: Mapping[str, str]
     description: str
@@ -94,28 +92,21 @@ class Provider(Protocol):
 
     def create(self, request: Request) -> None:
         """Request machines, and return once the request is accepted. One of the same name and OWNER is used as it is."""
-        ...
 
     def condition(self, name: str) -> Condition:
         """The state of a request, or of a node that was created by other means."""
-        ...
 
     def machines(self, name: str) -> list[Machine]:
         """The machines of a request, sorted by slice and worker."""
-        ...
 
     def authorize(self, name: str, key: str) -> None:
         """Have the machines accept a `user:public key`, if they do not yet."""
-        ...
 
     def delete(self, name: str) -> None:
         """Delete a request and its nodes, and return when none of them exists any more."""
-        ...
 
     def list_labelled(self, label: str) -> list[Resource]:
         """Resources that have the label, in all zones. A request and its nodes count as one."""
-        ...
 
     def zones_with(self, accelerator_type: str) -> list[str]:
         """Zones that offer an accelerator type."""
-        ...

@@ -7,7 +7,7 @@ import configparser
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,20 +27,22 @@ POLL_SECONDS = 2.0
 WAIT_SECONDS = 15 * 60.0
 """Limit for a deletion, and for a request to be accepted."""
 
-# Of an ACTIVE queued resource, the states of its nodes decide.
+# States of the API (https://cloud.google.com/tpu/docs/queued-resources). A SUSPENDED resource is never queued again,
+# and a FAILED one stays until it is deleted, so both are lost. Of an ACTIVE one the states of its nodes decide.
 _QUEUED = {
     "STATE_UNSPECIFIED": "waiting", "CREATING": "waiting", "ACCEPTED": "waiting", "WAITING_FOR_RESOURCES": "waiting",
-    "PROVISIONING": "creating", "ACTIVE": "ready", "DELETING": "leaving",
+    "PROVISIONING": "creating", "ACTIVE": "ready", "DELETING": "deleting",
     "SUSPENDING": "lost", "SUSPENDED": "lost", "FAILED": "lost",
 }  # fmt: skip
+# A preempted node may end in another state than PREEMPTED, so whatever does not come back by itself is lost.
 _NODE = {
-    "STATE_UNSPECIFIED": "creating", "CREATING": "creating", "READY": "ready", "DELETING": "leaving",
+    "STATE_UNSPECIFIED": "creating", "CREATING": "creating", "READY": "ready", "DELETING": "deleting",
     "RESTARTING": "repairing", "REIMAGING": "repairing", "REPAIRING": "repairing", "STARTING": "repairing",
     "UNHIDING": "repairing",
     "STOPPING": "lost", "STOPPED": "lost", "PREEMPTED": "lost", "TERMINATED": "lost", "HIDING": "lost",
     "HIDDEN": "lost", "UNKNOWN": "lost",
 }  # fmt: skip
-_WORST_FIRST = ("lost", "leaving", "repairing", "creating", "ready")
+_WORST_FIRST = ("lost", "deleting", "repairing", "creating", "ready")
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,17 @@ class CloudTpu:
 
         with self._explained(f"TPU {request.name}", request):
             try:
-                operation = self._client.create_queued_resource(
+                operation = self._call(
+                    "create_queued_resource",
                     parent=self._parent,
                     queued_resource=_queued_resource(request, self._parent),
                     queued_resource_id=request.name,
-                    **_call_options(),
                 )
                 _wait(request.name, [operation], lambda: self._queued(request.name) is not None)
-            except Conflict as e:  # this also happens where the answer to a first try was lost
-                owner = request.labels.get(OWNER)
-                if (
-                    owner
-                    and (queued := self._queued(request.name))
-                    and _node_of(queued).labels.get(OWNER) == owner
-                ):
+            except Conflict as e:
+                # Where the answer to a first try was lost, the retry conflicts with our own request.
+                queued = self._queued(request.name)
+                if queued and OWNER in request.labels and _owner(queued) == request.labels[OWNER]:
                     return
                 raise UserError(
                     f"TPU {request.name}: the name is taken in {self.project}, {self.zone} ({_message(e)}); "
@@ -76,8 +75,8 @@ class CloudTpu:
     def condition(self, name: str) -> Condition:
         with self._explained(f"TPU {name}"):
             queued, nodes = self._queued(name), self._nodes(name)
-        labels = [node.labels for node in ([_node_of(queued)] if queued else nodes)]
-        return replace(_condition(queued, nodes), owner=next((own.get(OWNER, "") for own in labels), ""))
+        owners = [_owner(resource) for resource in ([queued] if queued else nodes)]
+        return replace(_condition(queued, nodes), owner=owners[0] if owners else "")
 
     def machines(self, name: str) -> list[Machine]:
         with self._explained(f"TPU {name}"):
@@ -90,40 +89,33 @@ class CloudTpu:
                 if key not in keys:
                     metadata = {**node.metadata, "ssh-keys": "\n".join([*keys, key])}
                     changed = {"name": node.name, "metadata": metadata}
-                    mask = {"paths": ["metadata"]}
-                    self._client.update_node({"node": changed, "update_mask": mask}, **_call_options())
+                    self._call("update_node", {"node": changed, "update_mask": {"paths": ["metadata"]}})
 
     def delete(self, name: str) -> None:
+        """As `Provider.delete`. Forced, a queued resource takes its nodes with it; the node may also be alone."""
         with self._explained(f"TPU {name}"):
             self._remove(
-                name,
-                lambda: list(filter(None, [self._queued(name)])),
-                self._client.delete_queued_resource,
-                force=True,
+                "delete_queued_resource", name, lambda: filter(None, [self._queued(name)]), force=True
             )
-            self._remove(name, lambda: self._nodes(name), self._client.delete_node)
+            self._remove("delete_node", name, lambda: self._nodes(name))
 
     def list_labelled(self, label: str) -> list[Resource]:
         everywhere = {"parent": f"projects/{self.project}/locations/-"}
         with self._explained(f"TPUs of project {self.project}"):
-            nodes = list(self._client.list_nodes(everywhere, **_call_options()))
-            queued = list(self._client.list_queued_resources(everywhere, **_call_options()))
+            nodes = list(self._call("list_nodes", everywhere))
+            requests = list(self._call("list_queued_resources", everywhere))
         nodes_of: dict[tuple[str, str], list[Any]] = {}
         for node in nodes:
             nodes_of.setdefault((_zone(node.name), _id(node.queued_resource)), []).append(node)
-        found = []
-        for q in queued:
-            own = nodes_of.pop((_zone(q.name), _id(q.name)), [])
-            if label in _node_of(q).labels:
-                found.append(_resource("queued resource", q, _node_of(q), _condition(q, own)))
-        without_request = [node for own in nodes_of.values() for node in own if label in node.labels]
-        return found + [_resource("node", node, node, _condition(None, [node])) for node in without_request]
+        found = [(q, _condition(q, nodes_of.pop((_zone(q.name), _id(q.name)), []))) for q in requests]
+        # What is left in `nodes_of` was created without a request.
+        found += [(node, _condition(None, [node])) for group in nodes_of.values() for node in group]
+        return [_resource(r, condition) for r, condition in found if label in _node_of(r).labels]
 
     def zones_with(self, accelerator_type: str) -> list[str]:
         with self._explained(f"TPUs of project {self.project}"):
-            types = self._client.list_accelerator_types(
-                {"parent": f"projects/{self.project}/locations/-"}, **_call_options()
-            )
+            parent = f"projects/{self.project}/locations/-"
+            types = self._call("list_accelerator_types", parent=parent)
             return sorted({_zone(t.name) for t in types if t.type_ == accelerator_type})
 
     @property
@@ -141,32 +133,34 @@ class CloudTpu:
         credentials = AnonymousCredentials() if endpoint.startswith("http://") else None
         return TpuClient(transport=TpuRestTransport(host=endpoint, credentials=credentials))
 
+    def _call(self, method: str, *arguments: Any, **parameters: Any) -> Any:
+        """Call a method of the client, with our timeout and retries."""
+        return getattr(self._client, method)(*arguments, **parameters, **_call_options())
+
     def _queued(self, name: str) -> Any:
+        """The queued resource, or None."""
         from google.api_core.exceptions import NotFound
 
         with suppress(NotFound):
-            return self._client.get_queued_resource(
-                name=f"{self._parent}/queuedResources/{name}", **_call_options()
-            )
+            return self._call("get_queued_resource", name=f"{self._parent}/queuedResources/{name}")
         return None
 
     def _nodes(self, name: str) -> list[Any]:
         """The nodes of a queued resource, by slice; or the one node of that name."""
-        nodes = self._client.list_nodes(parent=self._parent, **_call_options())
+        nodes = self._call("list_nodes", parent=self._parent)
         named = [n for n in nodes if name in (_id(n.name), _id(n.queued_resource))]
-        return sorted(named, key=lambda n: (len(n.name), n.name))
+        return sorted(named, key=lambda n: (len(n.name), n.name))  # name-2 comes before name-10
 
-    def _remove(
-        self, name: str, existing: Callable[[], list[Any]], delete: Callable[..., Any], **options: bool
-    ) -> None:
+    def _remove(self, method: str, name: str, existing: Callable[[], Iterable[Any]], **options: bool) -> None:
+        """Delete what `existing` lists, by a `method` of the client, and wait until it lists nothing."""
         from google.api_core.exceptions import NotFound
 
-        begun = []
+        operations = []
         for resource in existing():
             if _state(resource) != "DELETING":
                 with suppress(NotFound):
-                    begun.append(delete({"name": resource.name, **options}, **_call_options()))
-        _wait(name, begun, lambda: not existing())
+                    operations.append(self._call(method, {"name": resource.name, **options}))
+        _wait(name, operations, lambda: not list(existing()))
 
     def _machines(self, index: int, node: Any) -> list[Machine]:
         endpoints = list(node.network_endpoints)
@@ -187,16 +181,14 @@ class CloudTpu:
         """Host keys of each worker; empty where the VMs have published none, or may not."""
         from google.api_core.exceptions import GoogleAPICallError
 
-        # Without a query path and worker ids the answer has all attributes of all workers, which gcloud asks for, too.
+        # Without a query path and worker ids the answer has all attributes of all workers; gcloud asks like this, too.
+        # Not retried: without the keys, ssh keeps the key of the first connection.
         with suppress(GoogleAPICallError):
             answer = self._client.get_guest_attributes({"name": node.name}, timeout=CALL_SECONDS)
+            attributes = [worker.query_value.items for worker in answer.guest_attributes]
             return [
-                tuple(
-                    f"{item.key} {item.value}"
-                    for item in worker.query_value.items
-                    if item.key.startswith(("ssh-", "ecdsa-"))
-                )
-                for worker in answer.guest_attributes
+                tuple(f"{a.key} {a.value}" for a in items if a.key.startswith(("ssh-", "ecdsa-")))
+                for items in attributes
             ]
         return []
 
@@ -209,31 +201,30 @@ class CloudTpu:
             try:
                 yield
             except ClientError as e:
-                if e.code == 401:
+                if e.code == 401:  # google.explained has a message for refused credentials
                     raise
                 raise UserError(f"{what}: {self._problem(e, request)}") from None
 
     def _problem(self, error: Any, request: Request | None) -> str:
         """Google's message on a refused request, and the next step."""
-        words = _message(error)
+        message = _message(error)
         if error.reason == "SERVICE_DISABLED":
             return (
                 f"the Cloud TPU API is not enabled in project {self.project}; "
                 f"enable it with `gcloud services enable tpu.googleapis.com --project {self.project}`"
             )
         if _is_quota(error):
-            return f"{words}; ask for less, or for more quota, or choose another zone or provisioning"
+            return f"{message}; ask for less, or for more quota, or choose another zone or provisioning"
         if error.code == 403:
-            return (
-                f"{words}; give these credentials {ROLE} on project {self.project}, "
-                f"or log in with others: {google.LOG_IN}"
-            )
+            grant = f"give these credentials {ROLE} on project {self.project}"
+            return f"{message}; {grant}, or log in with others: {google.LOG_IN}"
         if request and error.code in (400, 404):
+            # The hint is an extra: where the zones cannot be listed, Google's own message has to do.
             with suppress(UserError, google.UnreachableError):
                 zones = self.zones_with(request.accelerator_type)
                 if zones and self.zone not in zones:
                     return f"zone {self.zone} has no {request.accelerator_type}; those that do: {', '.join(zones)}"
-        return f"{words}; mend what was asked of project {self.project}, zone {self.zone}"
+        return f"{message}; mend what was asked of project {self.project}, zone {self.zone}"
 
 
 def project_and_zone(project: str | None, zone: str | None) -> tuple[str, str]:
@@ -316,9 +307,7 @@ def _node(request: Request) -> Any:
         description=request.description,
         runtime_version=request.runtime,
         network_config=types.NetworkConfig(
-            network=request.network,
-            subnetwork=request.subnetwork,
-            enable_external_ips=request.external_ips,
+            network=request.network, subnetwork=request.subnetwork, enable_external_ips=request.external_ips
         ),
         labels=request.labels,
         tags=request.tags,
@@ -344,7 +333,7 @@ def _condition(queued: Any, nodes: list[Any]) -> Condition:
             f"queued resource {_state(queued)}" + (f": {_one_line(message)}" if message else ""),
         )
     expected = sum(spec.multislice_params.node_count or 1 for spec in queued.tpu.node_spec) if queued else 0
-    if len(nodes) < expected:
+    if len(nodes) < expected:  # a node was deleted by other means
         return Condition("lost", f"queued resource ACTIVE, with {len(nodes)} of {expected} nodes")
     if not nodes:
         return Condition("absent")
@@ -356,14 +345,15 @@ def _condition_of_node(node: Any) -> Condition:
     return Condition(_NODE.get(_state(node), "repairing"), f"node {_id(node.name)} {_state(node)}{why}")
 
 
-def _resource(kind: str, resource: Any, node: Any, state: Condition) -> Resource:
+def _resource(resource: Any, condition: Condition) -> Resource:
+    """A node or a queued resource of Google as ours."""
+    node = _node_of(resource)
     config = node.accelerator_config
     return Resource(
         name=_id(resource.name),
         zone=_zone(resource.name),
-        kind=kind,
         accelerator_type=node.accelerator_type or f"{config.type_.name} {config.topology}",
-        state=state,
+        condition=condition,
         created=resource.create_time,
         labels=dict(node.labels),
         description=node.description,
@@ -389,12 +379,11 @@ def _call_options() -> dict[str, Any]:
     from requests.exceptions import RequestException
 
     passing = (ServerError, TooManyRequests, RequestException, TransportError)
-    retry = Retry(
-        lambda e: isinstance(e, passing) and not _is_quota(e),
-        initial=1.0,
-        maximum=10.0,
-        timeout=RETRY_SECONDS,
-    )
+
+    def is_passing(error: Exception) -> bool:
+        return isinstance(error, passing) and not _is_quota(error)
+
+    retry = Retry(is_passing, initial=1.0, maximum=10.0, timeout=RETRY_SECONDS)
     return {"retry": retry, "timeout": CALL_SECONDS}
 
 
@@ -402,11 +391,9 @@ def _is_quota(error: Any) -> bool:
     """Whether an error is about the quota of chips, not about the rate of requests."""
     from google.api_core.exceptions import TooManyRequests
 
-    return (
-        isinstance(error, TooManyRequests)
-        and "quota" in error.message.lower()
-        and error.reason != "RATE_LIMIT_EXCEEDED"
-    )
+    if not isinstance(error, TooManyRequests) or error.reason == "RATE_LIMIT_EXCEEDED":
+        return False
+    return "quota" in error.message.lower()
 
 
 def _message(error: Any) -> str:
@@ -424,9 +411,13 @@ def _state(resource: Any) -> str:
     return str(getattr(state, "name", state))
 
 
-def _node_of(queued: Any) -> Any:
-    """The node that a queued resource asks for."""
-    return queued.tpu.node_spec[0].node
+def _node_of(resource: Any) -> Any:
+    """The node itself, or the node that a queued resource asks for."""
+    return resource.tpu.node_spec[0].node if "queuedResources" in resource.name else resource
+
+
+def _owner(resource: Any) -> str:
+    return str(_node_of(resource).labels.get(OWNER, ""))
 
 
 def _id(path: str) -> str:

@@ -21,8 +21,8 @@ from launcher.remote.hosts import Hosts
 from launcher.remote.prepare import module_command
 from launcher.remote.ssh import Ssh, last_line
 
-CONDITION_SECONDS = 15.0
-SOON_SECONDS = 2.0
+CHECK_SECONDS = 15.0
+SUSPECT_CHECK_SECONDS = 2.0
 # A VM that exists, but is out of reach for so long, is given up.
 LOST_SECONDS = 60.0
 # A living host reports to the run directory at least every half minute, and clocks may differ.
@@ -115,7 +115,7 @@ class Follower:
         silent = {
             p: time.monotonic() - since for p, since in list(self._silent_since.items()) if p in self.running
         }
-        if time.monotonic() - self._checked < (SOON_SECONDS if silent else CONDITION_SECONDS):
+        if time.monotonic() - self._checked < (SUSPECT_CHECK_SECONDS if silent else CHECK_SECONDS):
             return
         self._checked = time.monotonic()
         try:
@@ -126,7 +126,7 @@ class Follower:
         ):  # it is this machine that is cut off, so the silence says nothing
             self._silent_since = dict.fromkeys(self._silent_since, time.monotonic())
             return
-        if condition.status in ("lost", "absent", "leaving"):
+        if condition.status in ("lost", "absent", "deleting"):
             process = min(self.running, default=0)
             host, error = self._machines[process].internal, f"{self._hosts.name} is {condition}"
             for exit_ in self._attempt.exits_of_all(Exit(process, 1, host, PREEMPTED, error)):

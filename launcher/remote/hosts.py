@@ -11,7 +11,7 @@ from launcher.providers import Condition, Machine, Provider, Request
 from launcher.remote.attempt import RemoteAttempt
 from launcher.remote.ssh import HostError
 
-FIRST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.5, 10.0
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Hosts:
             if phase != shown or look % 6 == 0:
                 shown = phase
                 attempt.report_phase(f"{phase}, for {time.monotonic() - begun:.0f} s", queued=True)
-            attempt.stopping.wait(min(FIRST_LOOK_SECONDS * 1.3**look, LONGEST_LOOK_SECONDS))
+            attempt.stopping.wait(min(MIN_POLL_SECONDS * 1.3**look, MAX_POLL_SECONDS))
         raise AssertionError
 
     def _create(self, attempt: RemoteAttempt, status: str) -> None:

@@ -23,8 +23,8 @@ from launcher.providers import Machine
 CONNECT_SECONDS = 10
 # A connection is given up after three unanswered messages at this interval.
 ALIVE_SECONDS = 5
-AT_ONCE = 32
-MOST_FILES = 10240  # macOS has no more
+MAX_PARALLEL = 32
+MAX_OPEN_FILES = 10240  # macOS has no more
 UNREACHABLE = 255
 RETRY_SECONDS = 2.0
 Result = TypeVar("Result")
@@ -132,7 +132,7 @@ class Ssh:
         self,
         work: Callable[[int], Result],
         processes: Sequence[int] | None = None,
-        at_once: int = AT_ONCE,
+        at_once: int = MAX_PARALLEL,
     ) -> list[Result]:
         """The results of `work` for each process, in order; `at_once` run in parallel.
 
@@ -154,7 +154,7 @@ def connected(cluster: TpuCluster, machines: Sequence[Machine]) -> Iterator[Ssh]
     """Connections that are closed at the end of the context."""
     # Each host takes three pipes.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, MOST_FILES), most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, MAX_OPEN_FILES), most))
     # Not below the user's TMPDIR: the path of a socket has room for about 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="podlaunch-", dir="/tmp"))  # of mode 700
     ssh = Ssh(cluster, machines, folder)

@@ -112,11 +112,11 @@ class RunDirectory:
     # The launcher that holds the run
 
     @contextmanager
-    def locked(self, *, patience_seconds: float = 0.25) -> Iterator[None]:
+    def locked(self, *, timeout_seconds: float = 0.25) -> Iterator[None]:
         """Hold the run for this launcher; the lock ends with the process. Raises RunHeldError."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(self._files.locked(patience_seconds))
+                stack.enter_context(self._files.locked(timeout_seconds))
             except HeldError as e:
                 by = f", under {e}" if str(e) else ""
                 raise RunHeldError(

@@ -19,7 +19,7 @@ LEASE = "lease.json"
 RENEW_SECONDS = 5.0
 # A lease that is not renewed for so long, by the clock of the launcher that waits for it, is void.
 LEASE_SECONDS = 30.0
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 # Clocks of launchers and of the service are trusted to agree within this.
 CLOCK_SECONDS = 90.0
 
@@ -58,7 +58,7 @@ class Lease:
             if age > LEASE_SECONDS + CLOCK_SECONDS or time.monotonic() > deadline:
                 self._generation = watched
             else:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)
         self._renewing.start()
 
     def release(self) -> None:

@@ -22,8 +22,8 @@ from launcher.rundir import lease
 ROLES = "the role Storage Object User on the bucket"
 LOCK = ".lock"
 # A supervisor looks ten times a second, which would be as many requests to the bucket.
-FRESH_SECONDS = 2.0
-PATIENCE_SECONDS = 600.0
+CACHE_SECONDS = 2.0
+WRITE_RETRY_SECONDS = 600.0
 
 
 class BucketUnreachableError(UserError):
@@ -37,39 +37,30 @@ class Files(Protocol):
 
     def read(self, name: str) -> str | None:
         """The content of a file; None where there is no such file."""
-        ...
 
     def read_from(self, name: str, offset: int) -> bytes:
         """The content of a growing file from byte `offset` on; empty where there is no such file."""
-        ...
 
     def write(self, name: str, content: str | bytes) -> None:
         """Replace a file as a whole. Raises UserError where nothing can be written."""
-        ...
 
     def delete(self, name: str) -> None:
         """Delete a file, or all files below a folder, if there are any."""
-        ...
 
     def names(self, folder: str = "") -> list[str]:
         """Names of the files and folders in a folder."""
-        ...
 
     def refresh(self) -> None:
         """Forget what was read."""
-        ...
 
-    def locked(self, patience_seconds: float) -> Any:
+    def locked(self, timeout_seconds: float) -> Any:
         """A context in which this process holds the run. Raises HeldError."""
-        ...
 
     def is_held(self) -> bool:
         """Whether some launcher holds the run."""
-        ...
 
     def is_lost(self, *, refresh: bool = False) -> bool:
         """Whether another launcher has taken the run from this one, which held it; `refresh`: as of now."""
-        ...
 
 
 def open_files(location: str) -> Files:
@@ -126,12 +117,12 @@ class Folder:
         pass
 
     @contextmanager
-    def locked(self, patience_seconds: float) -> Iterator[None]:
+    def locked(self, timeout_seconds: float) -> Iterator[None]:
         with self._writing():
             self._path.mkdir(parents=True, exist_ok=True)
             f = (self._path / LOCK).open("w")
         with f:
-            if not _flock(f, patience_seconds):
+            if not _flock(f, timeout_seconds):
                 raise lease.HeldError
             yield
 
@@ -158,9 +149,9 @@ class Folder:
             ) from None
 
 
-def _flock(file: IO[str], patience_seconds: float) -> bool:
+def _flock(file: IO[str], timeout_seconds: float) -> bool:
     """Take the lock, with some tries: `launch list` holds it, too, for the instant in which it looks."""
-    deadline = time.monotonic() + patience_seconds
+    deadline = time.monotonic() + timeout_seconds
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,7 +180,7 @@ class Bucket:
     def read(self, name: str) -> str | None:
         """As `Files.read`; of an unreachable bucket the content that was read last, if any was."""
         at, text = self._seen.get(name, (None, None))
-        if at is not None and time.monotonic() - at < FRESH_SECONDS:
+        if at is not None and time.monotonic() - at < CACHE_SECONDS:
             return text
         try:
             text = self._download(name)
@@ -229,7 +220,7 @@ class Bucket:
             self._seen[name] = (time.monotonic(), content)
         self._listed.clear()
         with self._explained():
-            self._blob(name).upload_from_string(content, retry=google.retry(PATIENCE_SECONDS))
+            self._blob(name).upload_from_string(content, retry=google.retry(WRITE_RETRY_SECONDS))
 
     def delete(self, name: str) -> None:
         from google.api_core.exceptions import NotFound
@@ -238,7 +229,7 @@ class Bucket:
             blobs = [self._blob(name), *self._list(f"{name}/")]
             for blob in blobs:
                 with suppress(NotFound):
-                    blob.delete(retry=google.retry(PATIENCE_SECONDS))
+                    blob.delete(retry=google.retry(WRITE_RETRY_SECONDS))
         self._listed.clear()
         for seen in self._seen.copy():  # a copy, since other threads read meanwhile
             if seen == name or seen.startswith(f"{name}/"):
@@ -246,7 +237,7 @@ class Bucket:
 
     def names(self, folder: str = "") -> list[str]:
         at, names = self._listed.get(folder, (None, []))
-        if at is not None and time.monotonic() - at < FRESH_SECONDS:
+        if at is not None and time.monotonic() - at < CACHE_SECONDS:
             return names
         prefix = f"{self._prefix}{folder}/" if folder else self._prefix
         with self._explained():
@@ -269,10 +260,10 @@ class Bucket:
 
     def refresh(self) -> None:
         self._listed.clear()
-        self._seen = {name: (-FRESH_SECONDS, text) for name, (_, text) in self._seen.copy().items()}
+        self._seen = {name: (-CACHE_SECONDS, text) for name, (_, text) in self._seen.copy().items()}
 
     @contextmanager
-    def locked(self, patience_seconds: float) -> Iterator[None]:
+    def locked(self, timeout_seconds: float) -> Iterator[None]:
         with self._explained():
             self._lease = lease.Lease(self._bucket, self._prefix + lease.LEASE)
             self._lease.take()

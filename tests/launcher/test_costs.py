@@ -6,12 +6,12 @@ from configs.architectures import flops_per_image
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from launcher.accelerators import GENERATIONS, parse_tpu
-from launcher.costs import Estimate, Prices, describe, estimate, files, load_prices
+from launcher.costs import Estimate, describe, estimate, files, load_prices, price
 
 
 @pytest.fixture(autouse=True)
-def own(tmp_path, monkeypatch):
-    """Writes the user's own prices, of which there are none."""
+def user_prices(tmp_path, monkeypatch):
+    """Writes the user's own prices file, which is absent at first."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
     def write(text: str) -> None:
@@ -21,12 +21,12 @@ def own(tmp_path, monkeypatch):
     return write
 
 
-def run_of(name: str, *, provisioning: str = "on-demand", prices: Prices | None = None) -> Estimate:
+def run_of(name: str, *, provisioning: str = "on-demand") -> Estimate:
     """ResNet-50 on ImageNet for 90 epochs, on the slices called `name`."""
-    one, num_slices = parse_tpu(name)
+    tpu, num_slices = parse_tpu(name)
     return estimate(
-        ModelConfig(), image_size=224, steps=112_603, batch_size=1024, one=one, num_slices=num_slices,
-        provisioning=provisioning, prices=load_prices() if prices is None else prices,
+        ModelConfig(), image_size=224, num_images=112_603 * 1024, tpu=tpu, num_slices=num_slices,
+        price=price(tpu.generation.name, provisioning),
     )  # fmt: skip
 
 
@@ -52,10 +52,11 @@ def test_arithmetic_bounds_where_memory_is_fast():
     assert v2.chip_hours == pytest.approx(112_603 * 1024 * flops / 46e12 / 3600)
 
 
-def test_without_a_price_there_are_chip_hours():
+def test_without_a_price_there_are_chip_hours(user_prices):
     done = run_of("v4-32", provisioning="spot")
     assert (done.usd_per_hour, done.usd) == (None, None)
-    assert run_of("v4-32", provisioning="spot", prices={"v4": {"spot": 1.5}}).usd_per_hour == 24
+    user_prices("v4: {spot: 1.5}")
+    assert run_of("v4-32", provisioning="spot").usd_per_hour == 24
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,8 @@ def test_every_generation_has_a_price():
     assert load_prices()["v4"] == {"on-demand": 3.22}
 
 
-def test_the_users_own_prices_go_before_ours(own):
-    own("v4: {spot: 1.5}\nv5e: 1\n")
+def test_the_users_own_prices_go_before_ours(user_prices):
+    user_prices("v4: {spot: 1.5}\nv5e: 1\n")
     found = load_prices()
     assert (found["v4"], found["v5e"]) == ({"on-demand": 3.22, "spot": 1.5}, {"on-demand": 1})
 
@@ -105,8 +106,8 @@ def test_the_users_own_prices_go_before_ours(own):
         ("v4: [", "cannot be read: while parsing"),
     ],
 )  # fmt: skip
-def test_invalid_prices_are_refused(own, text, message):
-    own(text)
+def test_invalid_prices_are_refused(user_prices, text, message):
+    user_prices(text)
     with pytest.raises(UserError) as refused:
         load_prices()
     assert str(refused.value).startswith(f"{files()[0]}: {message}")

@@ -210,7 +210,7 @@ def test_log_is_sent_when_it_has_grown_and_a_long_one_less_often(mirrored, monke
 
 
 def test_failed_upload_is_repeated_in_the_next_round(mirrored, gcs, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(storage, "WRITE_RETRY_SECONDS", 0.2)
     local, sent = mirrored()
     local.hosts.write_report(1, {"phase": "training"})
     local.hosts.write_log(1, 1, "one\n")
@@ -313,7 +313,7 @@ def test_reused_process_id_is_not_taken_for_the_agent(folder):
 def test_unknown_attempt_is_reported_lost(folder):
     with watched(folder, 7) as (words, _):
         (lost,) = words  # to the end of its output
-    assert (lost["cause"], lost["error"]) == ("lost", "attempt 7 is not known there")
+    assert (lost["cause"], lost["error"]) == ("lost", "it has no record of attempt 7")
 
 
 def test_port_in_use_is_reported_as_not_started(order, folder):

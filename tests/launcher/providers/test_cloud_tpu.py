@@ -241,7 +241,7 @@ def test_failed_says_why(tpu, server):
     ("state", "word"),
     [
         ("PREEMPTED", "lost"), ("TERMINATED", "lost"), ("STOPPED", "lost"), ("REPAIRING", "repairing"),
-        ("RESTARTING", "repairing"), ("DELETING", "leaving"), (99, "repairing"),
+        ("RESTARTING", "repairing"), ("DELETING", "deleting"), (99, "repairing"),
     ],
 )  # fmt: skip
 def test_states_of_a_node(tpu, server, state, word):
@@ -312,7 +312,7 @@ def test_delete_of_what_is_being_deleted_waits_for_it(tpu, server):
     until(tpu, "ready")
     server.seconds = 0.3
     tpu._client.delete_queued_resource({"name": QUEUED, "force": True})
-    assert str(tpu.condition("podlaunch-x")) == "leaving: queued resource DELETING"
+    assert str(tpu.condition("podlaunch-x")) == "deleting: queued resource DELETING"
     tpu.delete("podlaunch-x")
     assert server.queued_resources == {}
 
@@ -351,14 +351,14 @@ def test_ours_are_found_in_all_zones(tpu, server):
         until(tpu, "ready", name)
     until(CloudTpu(PROJECT, "us-central1-a"), "ready", "y")
     found = sorted(tpu.list_labelled(OWNER), key=lambda f: f.name)
-    assert [(f.name, f.zone, f.kind, f.accelerator_type, f.state.status, f.description) for f in found] == [
-        ("podlaunch-x", ZONE, "queued resource", "v4-32", "ready", "run x"),
-        ("y", "us-central1-a", "queued resource", "v6e-8", "ready", "run x"),
+    assert [(f.name, f.zone, f.accelerator_type, f.condition.status, f.description) for f in found] == [
+        ("podlaunch-x", ZONE, "v4-32", "ready", "run x"),
+        ("y", "us-central1-a", "v6e-8", "ready", "run x"),
     ]
     assert found[1].labels == {OWNER: "y-1", "user": "me"}
     assert abs(found[0].created.timestamp() - time.time()) < 60
     del server.queued_resources[QUEUED]
-    left = [f for f in tpu.list_labelled(OWNER) if f.kind == "node"]
+    left = [f for f in tpu.list_labelled(OWNER) if f.name != "y"]
     assert [f.name for f in left] == ["podlaunch-x-0", "podlaunch-x-1"]
     assert server.rejected == []
 

@@ -273,7 +273,7 @@ def test_log_in_a_bucket_is_followed_as_it_grows(remote):
 
 def test_run_in_a_bucket_has_one_launcher_which_the_refusal_names(remote, monkeypatch):
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.02)
     assert not remote.is_running()
     with remote.locked():
         assert remote.is_running()
@@ -287,7 +287,7 @@ def test_run_in_a_bucket_has_one_launcher_which_the_refusal_names(remote, monkey
 
 
 def test_stop_request_reaches_a_bucket_s_launcher(remote, monkeypatch):
-    monkeypatch.setattr(storage, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "CACHE_SECONDS", 0.0)
     assert not remote.stop_requested()
     RunDirectory(remote.location).request_stop()
     assert remote.stop_requested()

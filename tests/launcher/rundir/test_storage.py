@@ -29,16 +29,16 @@ def place(request, tmp_path, gcs):
 @pytest.fixture
 def short(monkeypatch):
     """Leases that are renewed every 0.1 s and expire after 1 s."""
-    for name, seconds in {"RENEW": 0.1, "LEASE": 1.0, "LOOK": 0.02, "CLOCK": 60.0}.items():
+    for name, seconds in {"RENEW": 0.1, "LEASE": 1.0, "POLL": 0.02, "CLOCK": 60.0}.items():
         monkeypatch.setattr(lease, f"{name}_SECONDS", seconds)
-    monkeypatch.setattr(storage, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "CACHE_SECONDS", 0.0)
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(storage, "WRITE_RETRY_SECONDS", 0.5)
     monkeypatch.setattr(storage.google, "RETRY_SECONDS", 0.3)
-    monkeypatch.setattr(storage, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "CACHE_SECONDS", 0.0)
 
 
 def until(condition):
