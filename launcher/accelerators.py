@@ -53,7 +53,8 @@ class TpuSlice:
     """JAX devices."""
 
 
-# https://cloud.google.com/tpu/docs: v2, v3, v4, v5e, v5p, v6e, and runtimes.
+# From https://cloud.google.com/tpu/docs, the pages v2, v3, v4, v5e, v5p, v6e and runtimes. Each core of a v2 or v3
+# chip is a device of JAX; a v4 or v5p chip, of two cores as well, is one device.
 _BASE = "tpu-ubuntu2204-base"
 _CUBES = {
     8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 384: "4x4x12", 512: "4x8x8",
@@ -94,9 +95,9 @@ def parse_tpu(text: str) -> tuple[TpuSlice, int]:
     shapes |= {topology: size for size, topology in generation.sizes.items()}
     if shape in shapes:
         return tpu_slice(generation, shapes[shape]), 1
-    one, _, slices = shape.rpartition("x")
-    if one in shapes and re.fullmatch(r"[1-9][0-9]{0,3}", slices):
-        return tpu_slice(generation, shapes[one]), int(slices)
+    one_slice, _, slices = shape.rpartition("x")
+    if one_slice in shapes and re.fullmatch(r"[1-9][0-9]{0,3}", slices):
+        return tpu_slice(generation, shapes[one_slice]), int(slices)
     raise UserError(f"cluster = tpu-{text}: no such size; nearest: {_nearest_sizes(generation, shape)}")
 
 
@@ -104,16 +105,11 @@ def tpu_slice(generation: Generation, size: int) -> TpuSlice:
     """The slice of a `generation` whose accelerator type ends in `size`."""
     topology = generation.sizes[size]
     chips = _chips(topology)
+    # A v5e or v6e slice of 8 chips is one VM, but a larger one has VMs of 4 chips each.
     chips_per_vm = chips if chips <= generation.max_chips_per_vm else CHIPS_PER_VM
-    return TpuSlice(
-        generation,
-        f"{generation.type_prefix}-{size}",
-        topology,
-        chips,
-        chips // chips_per_vm,
-        chips_per_vm,
-        chips_per_vm * generation.devices_per_chip,
-    )
+    vms, devices_per_vm = chips // chips_per_vm, chips_per_vm * generation.devices_per_chip
+    name = f"{generation.type_prefix}-{size}"
+    return TpuSlice(generation, name, topology, chips, vms, chips_per_vm, devices_per_vm)
 
 
 def _chips(topology: str) -> int:
@@ -124,14 +120,14 @@ def _generation(name: str, text: str) -> Generation:
     for generation in GENERATIONS.values():
         if name in (generation.name, generation.type_prefix):
             return generation
+    names = ", ".join(GENERATIONS)
+    # TPU7x and its successors are offered through Compute Engine and GKE alone.
     if re.match(r"(tpu)?v?([7-9]|[1-9][0-9])", name):
-        raise UserError(
-            f"cluster = tpu-{text}: chips newer than v6e do not come through the Cloud TPU API; "
-            f"allowed: {', '.join(GENERATIONS)}"
-        )
+        reason = "chips newer than v6e do not come through the Cloud TPU API"
+        raise UserError(f"cluster = tpu-{text}: {reason}; allowed: {names}")
+    hint = nearest(name, list(GENERATIONS))
     raise UserError(
-        f"cluster = tpu-{text}: unknown generation {name}{nearest(name, list(GENERATIONS))} "
-        f"(there are: {', '.join(GENERATIONS)}; see `launch clusters tpu`)"
+        f"cluster = tpu-{text}: unknown generation {name}{hint} (there are: {names}; see `launch clusters tpu`)"
     )
 
 
@@ -139,12 +135,12 @@ def _nearest_sizes(generation: Generation, shape: str) -> str:
     """The next below and the next above `shape`, written as it is: a size, or a topology."""
     numbers = [int(n) for n in re.findall(r"[0-9]{1,6}", shape)] or [0]
     if len(numbers) < 3:
-        wanted, known = numbers[0], {size: str(size) for size in generation.sizes}
+        wanted, names = numbers[0], {size: str(size) for size in generation.sizes}
     else:
         dims = len(generation.sizes[8].split("x"))
-        wanted, known = math.prod(numbers[:dims]), {_chips(t): t for t in generation.sizes.values()}
-    below, above = [n for n in known if n <= wanted], [n for n in known if n > wanted]
-    return ", ".join(f"tpu-{generation.name}-{known[n]}" for n in [*below[-1:], *above[:1]])
+        wanted, names = math.prod(numbers[:dims]), {_chips(t): t for t in generation.sizes.values()}
+    below, above = [n for n in names if n <= wanted], [n for n in names if n > wanted]
+    return ", ".join(f"tpu-{generation.name}-{names[n]}" for n in [*below[-1:], *above[:1]])
 
 
 def megascale_environment(coordinator: str, slices: int, index: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ Without a name, `default_cluster` decides, for instance for the SLURM allocation
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,12 +29,12 @@ KINDS = {
     "NAME": "a cluster of clusters.yaml",
 }
 CPU_DEFAULT = "local-2x2"
-MAX_LOCAL_DEVICES = 256
+MAX_LOCAL_DEVICES = 256  # a typing error must not start thousands of processes
 
 
 def default_cluster() -> ClusterSpec:
     """The cluster without --cluster: this SLURM allocation, all GPUs of this machine, or two CPU processes."""
-    # SLURM_JOB_ID alone is not enough: SLURM sets it for an ssh login to a node, too.
+    # SLURM_JOB_ID alone is not enough: SLURM also sets it for an ssh login to a node.
     if "SLURM_JOB_NUM_NODES" in os.environ:
         return _from_allocation(os.environ)
     return resolve("local" if num_nvidia_gpus() else CPU_DEFAULT)
@@ -70,9 +71,8 @@ def _local(name: str) -> ClusterSpec | None:
         return None
     processes, devices = int(match[1]), int(match[2] or 1)
     if not 1 <= processes * devices <= MAX_LOCAL_DEVICES:
-        raise UserError(
-            f"cluster = {name}: {processes} × {devices} devices; allowed: 1 to {MAX_LOCAL_DEVICES} in all"
-        )
+        product = f"{processes} × {devices} devices"
+        raise UserError(f"cluster = {name}: {product}; allowed: 1 to {MAX_LOCAL_DEVICES} in all")
     return ClusterSpec(name, "local", "cpu", 1, processes, devices)
 
 
@@ -96,40 +96,38 @@ def _cluster(name: str) -> SlurmCluster | TpuCluster:
 
 def slurm_spec(name: str, cluster: SlurmCluster, *, submit: bool = True) -> ClusterSpec:
     """Processes and devices of a SLURM cluster; `submit`: in a job that is yet to be submitted."""
-    tasks = cluster.tasks_per_node
-    return ClusterSpec(
-        name,
-        "slurm",
-        "gpu" if cluster.gpus_per_node else "cpu",
-        cluster.nodes,
-        cluster.nodes * tasks,
-        (cluster.gpus_per_node // tasks) or 1,
-        cluster if submit else None,
-    )
+    nodes, gpus, tasks = cluster.nodes, cluster.gpus_per_node, cluster.tasks_per_node
+    spec = _slurm(name, nodes, gpus, tasks)
+    return replace(spec, submission=cluster) if submit else spec
+
+
+def _slurm(name: str, nodes: int, gpus: int, tasks: int) -> ClusterSpec:
+    """`gpus` and `tasks` are those of each node."""
+    platform = "gpu" if gpus else "cpu"
+    return ClusterSpec(name, "slurm", platform, nodes, nodes * tasks, (gpus // tasks) or 1)
 
 
 def tpu_spec(name: str, cluster: TpuCluster) -> ClusterSpec:
     """One process on each VM of the slices; on the CPU platform it has as many devices as chips give."""
-    one, num_slices = parse_tpu(cluster.accelerator)
-    hosts = one.vms * num_slices
-    return ClusterSpec(name, "tpu", cluster.platform, hosts, hosts, one.devices_per_vm, cluster)
+    tpu, num_slices = parse_tpu(cluster.accelerator)
+    hosts = tpu.vms * num_slices
+    return ClusterSpec(name, "tpu", cluster.platform, hosts, hosts, tpu.devices_per_vm, cluster)
 
 
 def _with_options(cluster: SlurmCluster, options: tuple[str, ...]) -> SlurmCluster:
     """`option=value` or `option` of the command line, over what the cluster has."""
-    given: dict[str, Any] = {}
+    sbatch: dict[str, Any] = dict(cluster.sbatch)
     for option in options:
         key, equals, value = option.partition("=")
-        given[key.removeprefix("--")] = value if equals else True
-    settings = cluster.model_dump() | {"sbatch": cluster.sbatch | given}
-    if "time" in given:  # one of them decides, and it is checked against save_minutes
-        settings["time"] = settings["sbatch"].pop("time")
+        sbatch[key.removeprefix("--")] = value if equals else True
+    settings = cluster.model_dump() | {"sbatch": sbatch}
+    if "time" in sbatch:  # the cluster has a setting for it, which is checked against save_minutes
+        settings["time"] = sbatch.pop("time")
     try:
         return SlurmCluster.model_validate(settings)
     except ValidationError as e:
-        raise UserError(
-            f"--sbatch {' '.join(options)}: {e.errors()[0]['msg'].removeprefix('Value error, ')}"
-        ) from None
+        problem = e.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"--sbatch {' '.join(options)}: {problem}") from None
 
 
 def _from_allocation(environment: Mapping[str, str]) -> ClusterSpec:
@@ -151,24 +149,22 @@ def _from_allocation(environment: Mapping[str, str]) -> ClusterSpec:
     return slurm_spec(f"slurm-{nodes}x{num_gpus}", cluster, submit=False)
 
 
-def from_slurm_task(place: SlurmTask) -> ClusterSpec:
+def from_slurm_task(task: SlurmTask) -> ClusterSpec:
     """The tasks of the SLURM step in which `launch worker` was started."""
-    gpus, tasks = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)), place.processes_per_node
-    name, platform = f"slurm-{len(place.nodes)}x{gpus}", "gpu" if gpus else "cpu"
-    return ClusterSpec(name, "slurm", platform, len(place.nodes), place.processes, (gpus // tasks) or 1)
+    nodes, gpus = len(task.nodes), int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+    return _slurm(f"slurm-{nodes}x{gpus}", nodes, gpus, task.processes_per_node)
 
 
 def from_tpu_worker(worker: TpuWorker) -> ClusterSpec:
     """The TPU slices on whose VMs `launch worker` was started."""
-    one, _ = parse_tpu(worker.accelerator_type)
-    if len(worker.addresses) != one.vms:
-        raise UserError(
-            f"{worker.accelerator_type} has {one.vms} VMs, and the metadata server tells of {len(worker.addresses)}"
-        )
-    name = f"tpu-{worker.accelerator_type}" + (f"x{worker.slices}" if worker.slices > 1 else "")
+    accelerator, num_vms = worker.accelerator_type, len(worker.addresses)
+    tpu, _ = parse_tpu(accelerator)
+    if num_vms != tpu.vms:
+        raise UserError(f"{accelerator} has {tpu.vms} VMs, but the metadata server lists {num_vms}")
+    name = f"tpu-{accelerator}" + (f"x{worker.slices}" if worker.slices > 1 else "")
     platform = "cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "tpu"
-    hosts = one.vms * worker.slices
-    return ClusterSpec(name, "tpu", platform, hosts, hosts, one.devices_per_vm)
+    hosts = tpu.vms * worker.slices
+    return ClusterSpec(name, "tpu", platform, hosts, hosts, tpu.devices_per_vm)
 
 
 def _this_machine() -> ClusterSpec:

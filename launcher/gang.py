@@ -51,7 +51,7 @@ class Gang(Protocol):
     """The processes of one attempt."""
 
     def poll(self, timeout: float) -> list[Exit]:
-        """Processes that ended since the last call, in that order; waits up to `timeout` seconds for one."""
+        """Processes that have ended since the last call, in the order of their ends; waits up to `timeout` seconds."""
 
     def request_stop(self) -> None:
         """Have every process save at a common step and exit with 75."""
@@ -60,7 +60,7 @@ class Gang(Protocol):
         """End the processes that still run, at once."""
 
     def detach(self) -> None:
-        """Let the processes go on without this launcher, if they can."""
+        """Let the processes go on without this launcher; those that cannot are ended."""
 
     def stopped_by(self) -> str:
         """Who had the gang save and end, if the launcher did not: `stopped` by the user, or `preempted`."""
@@ -72,7 +72,8 @@ class Executor(Protocol):
     REMOTE: bool
     """The processes outlive their launcher, on hosts that are replaced when they are taken away."""
 
-    def start(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang: ...
+    def start(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang:
+        """Start the processes of attempt number `attempt`. What goes wrong then, the gang reports as exits."""
 
     def adopt(self, plan: Plan, run: RunDirectory, attempt: int) -> Gang | None:
         """The gang of an attempt whose launcher is gone; None where its processes cannot be found."""
@@ -85,6 +86,8 @@ class Executor(Protocol):
 
 
 class Backend(Executor, Protocol):
+    """A way to run plans on one kind of cluster."""
+
     POLL_SECONDS: float
     """`state` is not asked more often, unless the run directory has news."""
 
@@ -94,7 +97,8 @@ class Backend(Executor, Protocol):
     def check(self, plan: Plan) -> None:
         """Raises UserError where the plan cannot be started from here."""
 
-    def state(self, run: RunDirectory) -> State: ...
+    def state(self, run: RunDirectory) -> State:
+        """How a run stands, also one of another launcher. What cannot be asked now is `unknown`."""
 
 
 class Queue(Backend, Protocol):
@@ -104,7 +108,7 @@ class Queue(Backend, Protocol):
         """Submit the job that runs the plan; its id. Raises UserError where the scheduler refuses the job."""
 
     def cancel(self, run: RunDirectory) -> None:
-        """Take the job of a run out of the queue, or end it."""
+        """Take the job of a run out of the queue, or end it. Raises UserError where the scheduler refuses."""
 
     def requeue(self, plan: Plan, run: RunDirectory) -> str:
         """Have the job in which this is called run once more; a sentence that says what was done."""
@@ -129,7 +133,7 @@ class Remote(Backend, Protocol):
         """Delete the hosts, unless they are to be kept; a sentence that says what was done."""
 
     def shell(self, plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) -> int:
-        """Run a shell, or `command`, on a host; its exit code."""
+        """Run a shell, or `command`, on a host; its exit code. Raises UserError where the host is not there."""
 
 
 def recorded_state(run: RunDirectory) -> State:

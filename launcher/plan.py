@@ -87,48 +87,20 @@ def make_plan(
 ) -> Plan:
     """Resolve and cross-check. Raises UserError with one line a problem."""
     mesh = _mesh(config.mesh, cluster)
+    num_train = num_examples(config.data)[0]
+    batch = config.train.batch_size
+    steps = config.train.steps or math.ceil(config.train.epochs * num_train / batch)
+    run_directory = f"{root}/{name}" if root.startswith("gs://") else str(Path(root).absolute() / name)
     problems = [
         *_batch_problems(config, mesh),
         *_submission_problems(cluster),
         *_root_problems(root, cluster),
+        *_length_problems(config, steps, num_train),
+        *_place_problems(config, cluster),
     ]
-    num_train = num_examples(config.data)[0]
-    batch = config.train.batch_size
-    steps = config.train.steps or math.ceil(config.train.epochs * num_train / batch)
-    epochs = steps * batch / num_train
-    if batch > num_train:
-        problems.append(
-            f"train.batch_size = {batch} is more than the {num_train} training examples; lower it"
-        )
-    # The trainer rounds the warm-up to whole steps.
-    if round(config.schedule.warmup_epochs * num_train / batch) >= steps:
-        problems.append(
-            f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g} is not below the run's "
-            f"{epochs:.3g} epochs ({steps} steps); shorten it or train longer"
-        )
-    run_directory = f"{root}/{name}" if root.startswith("gs://") else str(Path(root).absolute() / name)
-    resolved = config.model_dump(mode="json")
-    places = {"checkpoint.directory": config.checkpoint.directory, "log.tensorboard": config.log.tensorboard}
-    if cluster.backend == "tpu":
-        problems += [
-            f"{key} = {place}: the hosts of cluster {cluster.name} do not see this machine's folders; name a place "
-            "under gs://, or leave it out"
-            for key, place in places.items()
-            if place is not None and "://" not in place
-        ]
-        resolved["log"]["tensorboard"] = places["log.tensorboard"] or f"{run_directory}/tensorboard"
-        resolved["checkpoint"]["directory"] = places["checkpoint.directory"] or f"{run_directory}/checkpoints"
-    place = config.checkpoint.directory
-    if place is not None and "://" in place and not place.startswith("gs://"):
-        problems.append(
-            f"checkpoint.directory = {place}: checkpoints go to a folder or to gs://bucket/prefix"
-        )
     if problems:
         raise UserError("\n".join(problems))
-    if place is not None and "://" not in place:
-        resolved["checkpoint"]["directory"] = str(Path(place).absolute())
-    resolved["mesh"] = mesh
-    resolved["train"]["steps"] = steps
+    model = config.model
     return Plan(
         name=name,
         run_directory=run_directory,
@@ -144,19 +116,63 @@ def make_plan(
         per_device_batch=batch // mesh["batch"],
         steps=steps,
         steps_per_epoch=num_train / batch,
-        epochs=epochs,
+        epochs=steps * batch / num_train,
         parameters=num_parameters(
-            config.model.name,
-            num_classes=config.model.num_classes,
-            width=config.model.width,
-            stem=config.model.stem,
+            model.name, num_classes=model.num_classes, width=model.width, stem=model.stem
         ),
         config_file=str(config_file),
-        config=resolved,
+        config=_resolved(config, mesh, steps, cluster, run_directory),
         provenance=provenance,
         submission=cluster.submission.model_dump(mode="json") if cluster.submission else None,
         max_restarts=max_restarts,
     )
+
+
+def _resolved(
+    config: RunConfig, mesh: dict[str, int], steps: int, cluster: ClusterSpec, run_directory: str
+) -> dict[str, Any]:
+    """The RunConfig with what was derived, and with places that mean the same on every host."""
+    resolved = config.model_dump(mode="json")
+    resolved["mesh"] = mesh
+    resolved["train"]["steps"] = steps
+    checkpoint, log = resolved["checkpoint"], resolved["log"]
+    if cluster.backend == "tpu":
+        # A worker's own run directory is on the disk of its VM, which is deleted with the slice.
+        checkpoint["directory"] = checkpoint["directory"] or f"{run_directory}/checkpoints"
+        log["tensorboard"] = log["tensorboard"] or f"{run_directory}/tensorboard"
+    elif checkpoint["directory"] is not None and "://" not in checkpoint["directory"]:
+        checkpoint["directory"] = str(Path(checkpoint["directory"]).absolute())
+    return resolved
+
+
+def _length_problems(config: RunConfig, steps: int, num_train: int) -> list[str]:
+    batch, warmup_epochs = config.train.batch_size, config.schedule.warmup_epochs
+    problems = []
+    if batch > num_train:
+        examples = f"the {num_train} training examples"
+        problems.append(f"train.batch_size = {batch} is more than {examples}; lower it")
+    # The trainer rounds the warm-up to whole steps.
+    if round(warmup_epochs * num_train / batch) >= steps:
+        problems.append(
+            f"schedule.warmup_epochs = {warmup_epochs:g} is not below the run's {steps * batch / num_train:.3g} epochs "
+            f"({steps} steps); shorten it or train longer"
+        )
+    return problems
+
+
+def _place_problems(config: RunConfig, cluster: ClusterSpec) -> list[str]:
+    checkpoints = config.checkpoint.directory
+    places = {"checkpoint.directory": checkpoints, "log.tensorboard": config.log.tensorboard}
+    problems = [
+        f"{key} = {place}: the hosts of cluster {cluster.name} do not see this machine's folders; name a place "
+        "under gs://, or leave it out"
+        for key, place in places.items()
+        if cluster.backend == "tpu" and place is not None and "://" not in place
+    ]
+    if checkpoints is not None and "://" in checkpoints and not checkpoints.startswith("gs://"):
+        where = f"checkpoint.directory = {checkpoints}"
+        problems.append(f"{where}: checkpoints go to a folder or to gs://bucket/prefix")
+    return problems
 
 
 def _root_problems(root: str, cluster: ClusterSpec) -> list[str]:
@@ -174,15 +190,11 @@ def _root_problems(root: str, cluster: ClusterSpec) -> list[str]:
 
 
 def _submission_problems(cluster: ClusterSpec) -> list[str]:
-    asked = cluster.submission
-    if (
-        not isinstance(asked, SlurmCluster)
-        or asked.time is None
-        or seconds(asked.time) > 60 * asked.save_minutes
-    ):
+    job = cluster.submission
+    if not isinstance(job, SlurmCluster) or job.time is None or seconds(job.time) > 60 * job.save_minutes:
         return []
     return [
-        f'time = {asked.time} of cluster "{cluster.name}" is not above its save_minutes = {asked.save_minutes:g}, '
+        f'time = {job.time} of cluster "{cluster.name}" is not above its save_minutes = {job.save_minutes:g}, '
         "the minutes before the limit at which the run begins to save; ask for more time, or lower save_minutes"
     ]
 
@@ -209,17 +221,17 @@ def _mesh(mesh: MeshConfig, cluster: ClusterSpec) -> dict[str, int]:
 def _batch_problems(config: RunConfig, mesh: dict[str, int]) -> list[str]:
     batch, accumulate, shards = config.train.batch_size, config.train.accumulate, mesh["batch"]
     if batch % shards:
-        below, above = batch // shards * shards, -(-batch // shards) * shards
-        nearest = " or ".join(str(b) for b in (below, above) if b)
-        return [
-            f"train.batch_size = {batch} does not divide over mesh.batch = {shards} devices; nearest: {nearest}"
-        ]
+        below = batch // shards * shards
+        nearest = f"{below} or {below + shards}" if below else shards
+        message = f"train.batch_size = {batch} does not divide over mesh.batch = {shards} devices"
+        return [f"{message}; nearest: {nearest}"]
     per_device = batch // shards
     if per_device % accumulate:
         return [
             f"train.accumulate = {accumulate} does not divide the {per_device} images of a device "
             f"(train.batch_size = {batch} over {shards}); use a divisor of {per_device}"
         ]
+    # A group of batch normalisation lies within the images that a device computes at once, or spans whole devices.
     group, micro = config.model.batch_norm, per_device // accumulate
     if isinstance(group, int) and micro % group and (group % micro or batch // accumulate % group):
         return [
@@ -236,37 +248,32 @@ _FREE = {
     "log": None,
     "train": {"epochs", "steps", "eval_every_epochs"},
     "data": {
-        "read_threads",
-        "prefetch_batches",
-        "memory_mib",
-        "cache",
-        "cache_gib",
-        "on_bad_record",
-        "max_bad_records",
+        "read_threads", "prefetch_batches", "memory_mib", "cache", "cache_gib", "on_bad_record", "max_bad_records",
     },
-}
+}  # fmt: skip
 
 
 def differences(old: Plan, new: Plan) -> list[str]:
     """Settings of `new` that keep it from resuming the checkpoints of `old`, as `key: old, now new`."""
-    found = []
-    # Settings that the old plan did not have yet get today's defaults.
-    known = old.run_config().model_dump(mode="json")
+    changes = []
+    # Validated anew, so that settings which the old plan did not have yet get today's defaults.
+    old_config = old.run_config().model_dump(mode="json")
     # Data may move to another path: the checkpoint records the digest of the contents.
-    known, config = (_without_paths(c) for c in (known, new.config))
-    for section, values in config.items():
+    old_config, new_config = _without_paths(old_config), _without_paths(new.config)
+    for section, values in new_config.items():
         free = _FREE.get(section, set())
         if free is None:
             continue
-        before = known.get(section, {})
-        found += [
+        before = old_config.get(section, {})
+        changes += [
             f"{section}.{key}: {before.get(key)}, now {value}"
             for key, value in values.items()
             if key not in free and before.get(key) != value
         ]
-    return found
+    return changes
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    data = {key: {**v, "path": None} if key in ("train", "eval") else v for key, v in config["data"].items()}
-    return {**config, "data": data}
+    data = config["data"]
+    splits = {split: {**data[split], "path": None} for split in ("train", "eval")}
+    return {**config, "data": {**data, **splits}}

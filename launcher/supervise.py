@@ -21,7 +21,8 @@ EXIT_DONE, EXIT_USER_ERROR, EXIT_SAVED, EXIT_STOPPED = 0, 2, 75, 130
 EXIT_CODES = {"completed": EXIT_DONE, "preempted": EXIT_SAVED, "stopped": EXIT_STOPPED, "failed": 1}
 POLL_SECONDS = 0.1
 TAIL_LINES = 12
-# jax aborts the processes whose peer is gone. The exit of the peer itself may be seen a moment later.
+# jax aborts the processes whose peer is gone. The exit of the peer itself, which is the cause, may be seen a moment
+# later.
 PEER_ABORT = -signal.SIGABRT
 ROOT_CAUSE_SECONDS = 2.0
 # After so many allocations in a row that ended before a checkpoint, another one would end the same way.
@@ -76,12 +77,13 @@ def supervise(
 
     Returns None, and writes nothing, where the run is left to another launcher.
     """
-    begun = time.time()
+    launched = time.time()
     number, from_step = _unfinished(run), 0
     gang = executor.adopt(plan, run, number) if number else None
     if number and gang is None:
         _record_lost_attempt(run, number)
     info = {"cluster": plan.cluster, "mesh": plan.mesh} | executor.job_info()
+    # Of all launchers and jobs of this launch together, so that a requeued job has no new budget.
     restarts = sum(1 for a in run.attempts.of_launch() if a["verdict"] == "failed")
     if gang is None and run.stop_requested():  # the user stopped the run while it was queued
         return write_result(plan, run, "stopped")
@@ -107,22 +109,18 @@ def supervise(
                 break
             restarts += 1
             if not executor.can_restart(plan, run):
-                announce(
-                    f"{describe_failure(failure)}\nnot again on these hosts; the run is to go on elsewhere"
-                )
+                reason = describe_failure(failure)
+                announce(f"{reason}\nnot again on these hosts; the run is to go on elsewhere")
                 verdict = "preempted"
                 break
         again = f" (restart {restarts} of {plan.max_restarts})" if verdict == "failed" else ""
-        announce(
-            f"{describe_failure(failure) if failure else 'the hosts are taken away'}\n"
-            f"attempt {number + 1} from step {attempt['kept_step']}{again}"
-        )
+        reason = describe_failure(failure) if failure else "the hosts are taken away"
+        announce(f"{reason}\nattempt {number + 1} from step {attempt['kept_step']}{again}")
     if verdict == "preempted" and _is_fruitless(run.attempts.of_launch()):
-        announce(
-            f"{MAX_FRUITLESS_ATTEMPTS} attempts in a row were ended before a checkpoint: give the run more time, or save more often"
-        )
+        count = f"{MAX_FRUITLESS_ATTEMPTS} attempts in a row"
+        announce(f"{count} were ended before a checkpoint: give the run more time, or save more often")
         verdict = "failed"
-    return write_result(plan, run, verdict, failure, time.time() - begun)
+    return write_result(plan, run, verdict, failure, time.time() - launched)
 
 
 def exit_code(result: dict[str, Any]) -> int:
@@ -134,16 +132,15 @@ def exit_code(result: dict[str, Any]) -> int:
 
 def _is_fruitless(attempts: list[dict[str, Any]]) -> bool:
     last = attempts[-MAX_FRUITLESS_ATTEMPTS:]
-    return len(last) == MAX_FRUITLESS_ATTEMPTS and all(
-        a["verdict"] == "preempted" and a["kept_step"] <= a["from_step"] for a in last
-    )
+    fruitless = [a for a in last if a["verdict"] == "preempted" and a["kept_step"] <= a["from_step"]]
+    return len(fruitless) == MAX_FRUITLESS_ATTEMPTS
 
 
 def describe_failure(failure: Failure | dict[str, Any]) -> str:
     """One line: which process failed, where, how, why."""
     f = asdict(failure) if isinstance(failure, Failure) else failure
-    at = "" if f["step"] is None else f" at step {f['step']}"
-    return f"process {f['process']} on {f['host']} failed{at} ({f['cause']}): {f['error']}"
+    step = "" if f["step"] is None else f" at step {f['step']}"
+    return f"process {f['process']} on {f['host']} failed{step} ({f['cause']}): {f['error']}"
 
 
 def _watch(
@@ -157,7 +154,7 @@ def _watch(
     codes: list[int] = []
     first: Exit | None = None
     cause_until = 0.0
-    asked = killed = detached = False
+    stopping = killed = detached = False
     try:
         while running:
             if detached := stop_request.detach or run.is_lost():
@@ -169,7 +166,9 @@ def _watch(
             for ended in exits:
                 codes.append(ended.code)
                 if ended.code == -signal.SIGTERM:
-                    killed = True  # it had not begun to train: nothing to save, nobody to wait for
+                    killed = (
+                        True  # SIGTERM ends a worker that has not begun to train: there is nothing to save
+                    )
                 elif ended.code not in (EXIT_DONE, EXIT_SAVED) and not killed:
                     if first is None:
                         first, cause_until = ended, time.monotonic() + ROOT_CAUSE_SECONDS
@@ -181,15 +180,15 @@ def _watch(
                 return verdict, _failure(run, number, first)
             if run.stop_requested() and stop_request.verdict is None:
                 stop_request.verdict = "stopped"
-            if stop_request.verdict and not asked:
-                asked = True
+            if stop_request.verdict and not stopping:
+                stopping = True
                 gang.request_stop()
             if killed := killed or stop_request.at_once:
                 gang.kill()
             on_progress(number, run.hosts.report(0))
     except BaseException:
         if detached := stop_request.workers_outlive:
-            gang.detach()  # it is this launcher that fails, not the run
+            gang.detach()  # an error of this launcher is no reason to end the run
         raise
     finally:
         if not detached:
@@ -228,13 +227,9 @@ def _tail(run: RunDirectory, attempt: int, process: int) -> list[str]:
 
 
 def _attempt_record(
-    run: RunDirectory,
-    number: int,
-    ended: float,
-    from_step: int,
-    verdict: str,
-    failure: Failure | None,
+    run: RunDirectory, number: int, ended: float, from_step: int, verdict: str, failure: Failure | None
 ) -> dict[str, Any]:
+    """The line of attempts.jsonl; `ended`: seconds since the epoch."""
     report = run.hosts.report(0)
     # A damaged checkpoint may have sent the workers further back than the launcher knew.
     from_step = report.get("start", from_step)
@@ -262,17 +257,18 @@ def _attempt_record(
 
 def _unfinished(run: RunDirectory) -> int:
     """Number of the attempt that a lost launcher has left without a record; 0 where there is none."""
-    known, number = run.attempts.all(), run.attempts.last()
-    return number if number > (known[-1]["attempt"] if known else 0) else 0
+    records, number = run.attempts.all(), run.attempts.last()
+    return number if number > (records[-1]["attempt"] if records else 0) else 0
 
 
 def _record_lost_attempt(run: RunDirectory, number: int) -> None:
     """Write the missing record of an attempt, from what its hosts reported."""
-    known = run.attempts.all()
-    before = known[-1]["kept_step"] if known else 0
+    records = run.attempts.all()
+    from_step = records[-1]["kept_step"] if records else 0
     started = run.attempts.info(number).get("begun", time.time())
+    # Nobody saw the end; the newest report is what is known of it.
     ended = max(started, run.hosts.report(0).get("time", started))
-    run.attempts.append(_attempt_record(run, number, ended, before, "launcher lost", None))
+    run.attempts.append(_attempt_record(run, number, ended, from_step, "launcher lost", None))
 
 
 def write_result(

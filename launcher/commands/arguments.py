@@ -16,30 +16,17 @@ if TYPE_CHECKING:
 DEFAULT_ROOT = "runs"
 
 
-def root_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--root",
-        type=str,
-        default=DEFAULT_ROOT,
-        show_default=True,
-        envvar="LAUNCH_ROOT",
-        show_envvar=True,
-        help="Where the run directories are: a folder, for TPUs gs://bucket/prefix.",
-        callback=_check_root,
-    )(command)
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _check_root(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not value:
         raise UserError("--root '' is empty; give a folder, or gs://bucket/prefix")
-    if (
-        ("://" in value and not value.startswith("gs://"))
-        or value.startswith("gs:///")
-        or value.strip("/") == "gs:"
-    ):
+    is_other_scheme = "://" in value and not value.startswith("gs://")
+    if is_other_scheme or value.startswith("gs:///") or value.strip("/") == "gs:":
         raise UserError(f"--root {value}: run directories are in a folder or under gs://bucket/prefix")
     if value.startswith("gs://"):
-        # One location has one name: the id of a run is made from it.
+        # Written in one way only: the id of a run is a digest of its location.
         bucket, *folders = filter(None, value.removeprefix("gs://").split("/"))
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
             raise UserError(f"--root {value}: {bucket} is no name of a bucket; give gs://bucket/prefix")
@@ -61,52 +48,59 @@ class Recipe(click.ParamType):
         return recipes.find(value)
 
 
-def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A recipe, overrides of its settings, and name and root of the run."""
-    command = click.option("--name", help="Name of the run. Default: the recipe's file name.")(
-        root_option(command)
-    )
-    command = click.argument("overrides", nargs=-1, metavar="[section.key=value]...")(command)
-    return click.argument("config", type=Recipe())(command)
+root_option = click.option(
+    "--root", type=str, default=DEFAULT_ROOT, show_default=True, envvar="LAUNCH_ROOT", show_envvar=True,
+    help="Where the run directories are: a folder, for TPUs gs://bucket/prefix.", callback=_check_root,
+)  # fmt: skip
 
 
-def planning_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The arguments of `plan`."""
-    command = click.option(
-        "--max-restarts",
-        type=click.IntRange(min=0),
-        default=3,
-        show_default=True,
-        help="How often a failed attempt is tried again from the last checkpoint.",
-    )(command)
-    command = click.option("--keep", is_flag=True, help="Do not delete the TPUs when the run has ended.")(
-        command
-    )
-    command = click.option("--tpu", metavar="NAME", help="An existing TPU, instead of creating one.")(command)
-    command = click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="A setting of the cluster, such as zone=us-central2-b, over what clusters.yaml says. As often as needed.",
-    )(command)
-    command = click.option(
-        "--sbatch",
-        multiple=True,
-        metavar="OPTION=VALUE",
-        help="An option of sbatch, such as partition=a100, over what the cluster says. As often as needed.",
-    )(command)
-    command = click.option(
+def _all(*decorators: Decorator) -> Decorator:
+    """Several decorators as one; `--help` lists their options in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+recipe_arguments = _all(
+    click.argument("config", type=Recipe()),
+    click.argument("overrides", nargs=-1, metavar="[section.key=value]..."),
+    click.option("--name", help="Name of the run. Default: the recipe's file name."),
+    root_option,
+)
+"""A recipe, overrides of its settings, and name and root of the run."""
+
+planning_arguments = _all(
+    recipe_arguments,
+    click.option(
         "--cluster", help="Where to run; see `launch clusters`. Default: this SLURM job, or this machine."
-    )(command)
-    return recipe_arguments(command)
+    ),
+    click.option(
+        "--sbatch", multiple=True, metavar="OPTION=VALUE",
+        help="An option of sbatch, such as partition=a100, over what the cluster says. As often as needed.",
+    ),
+    click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE",
+        help="A setting of the cluster, such as zone=us-central2-b, over what clusters.yaml says. As often as needed.",
+    ),
+    click.option("--tpu", metavar="NAME", help="An existing TPU, instead of creating one."),
+    click.option("--keep", is_flag=True, help="Do not delete the TPUs when the run has ended."),
+    click.option(
+        "--max-restarts", type=click.IntRange(min=0), default=3, show_default=True,
+        help="How often a failed attempt is tried again from the last checkpoint.",
+    ),
+)  # fmt: skip
+"""The arguments of `make_plan`."""
 
 
 def make_plan(
     config: Path, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...],
     settings: tuple[str, ...], tpu: str | None, keep: bool, name: str | None, root: str, max_restarts: int,
 ) -> "Plan":  # fmt: skip
-    """The plan of `planning_arguments`. Raises UserError."""
+    """The plan by `planning_arguments`. Raises UserError."""
     from launcher import clusters
 
     if tpu is not None:

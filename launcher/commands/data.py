@@ -53,16 +53,12 @@ def data() -> None:
     """Bring images: convert, index, verify, inspect, order."""
 
 
-_jobs = click.option(
-    "--jobs", type=click.IntRange(min=1), default=os.cpu_count(), help="Processes. Default: one a core."
-)
+_POSITIVE, _NOT_NEGATIVE = click.IntRange(min=1), click.IntRange(min=0)
+_jobs = click.option("--jobs", type=_POSITIVE, default=os.cpu_count(), help="Processes. Default: one a core.")
 _first_label = click.option(
-    "--first-label",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
+    "--first-label", type=_NOT_NEGATIVE, default=0, show_default=True,
     help="The smallest label of SRC, subtracted from all: 1 for the TFRecords of 1,001 classes.",
-)
+)  # fmt: skip
 
 
 @data.command()
@@ -73,18 +69,12 @@ _first_label = click.option(
     "--resize", type=click.IntRange(min=8), help="Shrink larger images to this short side in pixels."
 )
 @click.option(
-    "--shard-mib",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    help="Size of a shard, before --resize.",
+    "--shard-mib", type=_POSITIVE, default=128, show_default=True, help="Size of a shard, before --resize."
 )
 @click.option(
     "--classes", help="Take the class names, and so the labels, of this dataset: that of train for eval."
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Shuffles an imagefolder."
-)
+@click.option("--seed", type=_NOT_NEGATIVE, default=0, show_default=True, help="Shuffles an imagefolder.")
 @_first_label
 @_jobs
 def convert(
@@ -98,13 +88,9 @@ def convert(
     """
     from trainer.data.tools import convert as tool
 
+    names = None if classes is None else tool.read_classes(classes)
     settings = tool.Settings(
-        kind=kind,
-        resize=resize,
-        shard_mib=shard_mib,
-        first_label=first_label,
-        seed=seed,
-        classes=tool.read_classes(classes) if classes is not None else None,
+        kind=kind, resize=resize, shard_mib=shard_mib, first_label=first_label, seed=seed, classes=names
     )
     with data_report.progress_bar("images") as begin:
         manifest = tool.convert(source, destination, settings, jobs=jobs, begin=begin)
@@ -156,9 +142,7 @@ def verify(path: str, decode: bool, jobs: int) -> None:
 @click.option(
     "--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Write a contact sheet, as PNG."
 )
-@click.option(
-    "--count", type=click.IntRange(min=1), default=64, show_default=True, help="Images of the contact sheet."
-)
+@click.option("--count", type=_POSITIVE, default=64, show_default=True, help="Images of the contact sheet.")
 def inspect(path: str, sheet: Path | None, count: int) -> None:
     """What the dataset at PATH holds, and the lines of a recipe for it."""
     from trainer.data.storage.dataset import open_dataset
@@ -167,17 +151,13 @@ def inspect(path: str, sheet: Path | None, count: int) -> None:
     dataset = open_dataset(path)
     manifest, summary = dataset.manifest, summarize(dataset)
     shards = sum(obj.size for obj in dataset.objects)
-    rows = {
-        "dataset": path,
-        "shards": f"{len(dataset.objects):,} of {manifest.format}, {data_report.size(shards)}",
-        "records": f"{len(dataset):,}, mean {data_report.size(summary.mean)} "
-        f"({data_report.size(summary.smallest)} to {data_report.size(summary.largest)})",
-        "digest": manifest.digest,
-    }
+    mean, low, high = map(data_report.size, (summary.mean, summary.smallest, summary.largest))
+    click.echo(f"dataset     {path}")
+    click.echo(f"shards      {len(dataset.objects):,} of {manifest.format}, {data_report.size(shards)}")
+    click.echo(f"records     {len(dataset):,}, mean {mean} ({low} to {high})")
+    click.echo(f"digest      {manifest.digest}")
     if manifest.base:
-        rows["base"] = manifest.base
-    for label, text in rows.items():
-        click.echo(f"{label:<12}{text}")
+        click.echo(f"base        {manifest.base}")
     data_report.print_classes(summary.counts, manifest.classes)
     if summary.sorted_by_class:
         click.echo(
@@ -192,12 +172,12 @@ def inspect(path: str, sheet: Path | None, count: int) -> None:
 @data.command()
 @click.argument("config", type=Recipe())
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
-@click.option("--hosts", type=click.IntRange(min=1), default=1, show_default=True, help="Hosts of the run.")
-@click.option("--host", type=click.IntRange(min=0), help="Only what this host reads. Default: all hosts.")
+@click.option("--hosts", type=_POSITIVE, default=1, show_default=True, help="Hosts of the run.")
+@click.option("--host", type=_NOT_NEGATIVE, help="Only what this host reads. Default: all hosts.")
 @click.option(
-    "--start", type=click.IntRange(min=0), default=0, show_default=True, help="First position: images so far."
+    "--start", type=_NOT_NEGATIVE, default=0, show_default=True, help="First position: images so far."
 )
-@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Lines.")
+@click.option("--count", type=_POSITIVE, default=64, show_default=True, help="Lines.")
 def order(
     config: Path, overrides: tuple[str, ...], hosts: int, host: int | None, start: int, count: int
 ) -> None:

@@ -38,11 +38,10 @@ def print_classes(counts: Any, classes: tuple[str, ...] | None) -> None:
     low, mid, high = int(counts.min()), float(np.median(counts)), int(counts.max())
     each = f"{low:,} images each" if low == high else f"{low:,} to {high:,} images, median {mid:,.0f}"
     click.echo(f"{'classes':<12}{len(counts):,}, of {each}")
-    order = sorted(range(len(counts)), key=lambda label: (-counts[label], label))
-    shown = (
-        order if len(order) <= 2 * CLASSES_SHOWN else [*order[:CLASSES_SHOWN], None, *order[-CLASSES_SHOWN:]]
-    )
-    for label in shown:
+    order: list[int | None] = [*sorted(range(len(counts)), key=lambda label: (-counts[label], label))]
+    if len(order) > 2 * CLASSES_SHOWN:
+        order = [*order[:CLASSES_SHOWN], None, *order[-CLASSES_SHOWN:]]
+    for label in order:
         if label is None:
             click.echo(f"{'':<12}…")
             continue
@@ -73,7 +72,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], Callable[[int, int]
     columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %  {task.description}"), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    begun = time.monotonic()
+    started = time.monotonic()
 
     def begin(num_parts: int, num_bytes: int) -> Callable[[int, int], None]:
         task = bar.add_task(f"0 {what}", total=num_bytes)
@@ -82,7 +81,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], Callable[[int, int]
         def advance(count: int, size: int) -> None:
             nonlocal done, printed
             done += count
-            rate = done / max(time.monotonic() - begun, 1e-3)
+            rate = done / max(time.monotonic() - started, 1e-3)
             bar.update(task, advance=size, description=f"{done:,} {what}, {rate:,.0f}/s")
             if bar.disable and time.monotonic() - printed > 5:
                 click.echo(f"{done:,} {what}, {rate:,.0f}/s", err=True)

@@ -1,4 +1,4 @@
-"""What the metadata server of a Google VM tells (https://cloud.google.com/compute/docs/metadata/overview)."""
+"""What the metadata server of a Google VM says (https://cloud.google.com/compute/docs/metadata/overview)."""
 
 import http.client
 import os
@@ -45,9 +45,8 @@ def tpu_worker() -> TpuWorker | None:
     if number is None or endpoints is None:
         return None
     # tpu-env has lines of the form `KEY: 'value'`.
-    environment = dict(
-        re.findall(r"^(\w+):\s*'?([^'\n]*)'?\s*$", get("attributes/tpu-env") or "", re.MULTILINE)
-    )
+    text = get("attributes/tpu-env") or ""
+    environment = dict(re.findall(r"^(\w+):\s*'?([^'\n]*)'?\s*$", text, re.MULTILINE))
     return TpuWorker(
         int(number),
         # An endpoint is an address, or name:id:address.

@@ -27,10 +27,9 @@ def address(node: str, nodes: Sequence[str], interface: str | None) -> str:
             return str(s.getsockname()[0])
         except OSError as e:
             what = f"has no network interface {interface}" if interface else f"finds no way to {others[0]}"
+            problem = f"{node} {what} ({e.strerror})"
             names = ", ".join(name for _, name in socket.if_nameindex())
-            raise UserError(
-                f"{node} {what} ({e.strerror}); set the cluster's interface to one of: {names}"
-            ) from None
+            raise UserError(f"{problem}; set the cluster's interface to one of: {names}") from None
 
 
 def reserve_port(host: str, port: int = 0) -> socket.socket:

@@ -16,11 +16,8 @@ PACKAGES = ("podlaunch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 def provenance() -> dict[str, Any]:
     """The fingerprint, with commit and dirty flag where this is a checkout."""
     changes = _git("status", "--porcelain")
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        **fingerprint(),
-    }
+    dirty = None if changes is None else bool(changes)
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": dirty, **fingerprint()}
 
 
 def fingerprint() -> dict[str, Any]:
@@ -35,18 +32,19 @@ def fingerprint() -> dict[str, Any]:
 
 def differences(planned: dict[str, Any]) -> list[str]:
     """How this host's fingerprint differs from the `planned` one, a phrase for each difference."""
-    mine = fingerprint()
-    found = []
-    if planned.get("code", mine["code"]) != mine["code"]:
-        found.append(f"code {mine['code'][:12]} in {HOME}, planned {planned['code'][:12]}")
-    if planned.get("python", mine["python"]) != mine["python"]:
-        found.append(f"Python {mine['python']}, planned {planned['python']}")
-    packages, versions = planned.get("packages", mine["packages"]), mine["packages"]
-    for package in sorted(packages.keys() | versions.keys()):
-        there, now = packages.get(package, "none"), versions.get(package, "none")
-        if there != now:
-            found.append(f"{package} {now}, planned {there}")
-    return found
+    actual = fingerprint()
+    expected = actual | planned  # what a plan does not record, the hosts compare among themselves
+    changes = []
+    if expected["code"] != actual["code"]:
+        changes.append(f"code {actual['code'][:12]} in {HOME}, planned {expected['code'][:12]}")
+    if expected["python"] != actual["python"]:
+        changes.append(f"Python {actual['python']}, planned {expected['python']}")
+    for package in sorted(expected["packages"].keys() | actual["packages"].keys()):
+        version = actual["packages"].get(package, "none")
+        wanted = expected["packages"].get(package, "none")
+        if version != wanted:
+            changes.append(f"{package} {version}, planned {wanted}")
+    return changes
 
 
 def digest(files: Mapping[str, bytes]) -> str:
@@ -61,7 +59,7 @@ def digest(files: Mapping[str, bytes]) -> str:
 def _git(*arguments: str) -> str | None:
     if not (HOME / ".git").exists():  # an installed package may lie in somebody else's checkout
         return None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # there is no git on this machine
         done = subprocess.run(["git", "-C", str(HOME), *arguments], capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""What the three acts of a remote gang share: the plan, where its phases are reported, and whether to go on."""
+"""What the three stages of a remote gang share: the plan, where its phases are reported, and whether to go on."""
 
 import contextlib
 import signal
@@ -34,9 +34,10 @@ class RemoteAttempt:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        begun = time.monotonic()
+        """Record the seconds of a part of the start. Raises StoppedError after it."""
+        started = time.monotonic()
         yield
-        self.seconds[part] = round(time.monotonic() - begun, 3)
+        self.seconds[part] = round(time.monotonic() - started, 3)
         self.check_stopped()
 
     def report_phase(self, phase: str, *, queued: bool = False) -> None:
@@ -45,9 +46,5 @@ class RemoteAttempt:
 
     def exits_of_all(self, first: Exit) -> list[Exit]:
         """`first`, and the exits of all other processes because of it."""
-        others = (
-            Exit(process, -signal.SIGTERM)
-            for process in range(self.plan.processes)
-            if process != first.process
-        )
-        return [first, *others]
+        others = [process for process in range(self.plan.processes) if process != first.process]
+        return [first, *(Exit(process, -signal.SIGTERM) for process in others)]

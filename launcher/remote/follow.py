@@ -1,4 +1,4 @@
-"""Third act of a remote gang: follow the agents, and tell a lost host from a lost connection.
+"""Third stage of a remote gang: follow the agents, and tell a lost host from a lost connection.
 
 An agent knows how its worker ends, so a connection may break at any time, and another launcher can follow the same
 agents later.
@@ -18,7 +18,7 @@ from launcher.gang import PREEMPTED, Exit
 from launcher.providers import Machine
 from launcher.remote.attempt import RemoteAttempt
 from launcher.remote.hosts import Hosts
-from launcher.remote.prepare import module_command
+from launcher.remote.prepare import remote_program
 from launcher.remote.ssh import Ssh, last_line
 
 CHECK_SECONDS = 15.0
@@ -83,9 +83,8 @@ class Follower:
     def _follow_until_exit(self, ssh: Ssh, process: int, folder: str, python: str) -> None:
         """Read the agent's journal, over as many connections as that takes."""
         attempt = self._attempt
-        command = module_command(
-            attempt.cluster, folder, python, "agent", "watch", folder, str(attempt.number)
-        )
+        number = str(attempt.number)
+        command = remote_program(attempt.cluster, folder, python, "agent", "watch", folder, number)
         while process in self.running and not attempt.detached.is_set():
             channel = ssh.open(process, *command)
             with self._lock:
@@ -96,7 +95,7 @@ class Follower:
             assert channel.stderr is not None
             for line in channel.stdout:
                 self._silent_since.pop(process, None)
-                entry = json.loads(line) if line.startswith(b"{") else {}
+                entry = json.loads(line) if line.startswith(b"{") else {}  # a login shell may print as well
                 if "exit" in entry:
                     self._ended(entry["time"], self._exit(process, entry))
                     channel.terminate()
@@ -112,35 +111,35 @@ class Follower:
 
     def _check_hosts(self) -> None:
         """End the attempt where its hosts were taken away, or one is lost."""
-        silent = {
-            p: time.monotonic() - since for p, since in list(self._silent_since.items()) if p in self.running
-        }
-        if time.monotonic() - self._checked < (SUSPECT_CHECK_SECONDS if silent else CHECK_SECONDS):
+        now = time.monotonic()
+        since = self._silent_since.copy()  # a copy, since the threads that follow the agents change it
+        silent = {process: now - since[process] for process in since.keys() & self.running}
+        if now - self._checked < (SUSPECT_CHECK_SECONDS if silent else CHECK_SECONDS):
             return
-        self._checked = time.monotonic()
+        self._checked = now
         try:
             condition = self._hosts.condition()
-        except (
-            UnreachableError,
-            UserError,
-        ):  # it is this machine that is cut off, so the silence says nothing
+        except (UnreachableError, UserError):
+            # This machine is cut off from the provider, too, so it is no wonder that it hears nothing of the hosts.
             self._silent_since = dict.fromkeys(self._silent_since, time.monotonic())
             return
+        name = self._hosts.name
         if condition.status in ("lost", "absent", "deleting"):
             process = min(self.running, default=0)
-            host, error = self._machines[process].internal, f"{self._hosts.name} is {condition}"
-            for exit_ in self._attempt.exits_of_all(Exit(process, 1, host, PREEMPTED, error)):
+            host = self._machines[process].internal
+            for exit_ in self._attempt.exits_of_all(
+                Exit(process, 1, host, PREEMPTED, f"{name} is {condition}")
+            ):
                 self._ended(time.time(), exit_)
             self._attempt.detached.set()
             return
         for process, seconds in silent.items():
             if seconds > LOST_SECONDS and not self._reports(process):
-                host = self._machines[process].internal
-                error = f"nothing was heard of it for {seconds:.0f} s, and {self._hosts.name} is {condition.status}: "
                 # A host that Google repairs or restarts is nobody's failure.
                 cause = "lost" if condition.status == "ready" else PREEMPTED
-                last = self._last_errors.get(process, "")
-                self._ended(time.time(), Exit(process, 1, host, cause, error + last))
+                error = f"nothing was heard of it for {seconds:.0f} s, and {name} is {condition.status}: "
+                error += self._last_errors.get(process, "")
+                self._ended(time.time(), Exit(process, 1, self._machines[process].internal, cause, error))
 
     def _reports(self, process: int) -> bool:
         """Whether a host still reports to the run directory, so that only the way to it is blocked."""

@@ -1,4 +1,4 @@
-"""The gang on hosts that are reached by ssh, in three acts: wait for the hosts, prepare them, follow their agents."""
+"""The gang on hosts that are reached by ssh, in three stages: wait for them, prepare them, follow their agents."""
 
 import queue
 import signal
@@ -13,7 +13,9 @@ from launcher.remote.hosts import Hosts
 from launcher.remote.prepare import Preparation
 from launcher.remote.ssh import HostError, connected
 
+# A worker that a host has not reported as ended after that long counts as killed: the host may be gone.
 KILL_SECONDS = 10.0
+# Hosts that are about to be taken away are asked for again after that long.
 NOTICE_SECONDS = 10.0
 
 

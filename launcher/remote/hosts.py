@@ -1,4 +1,4 @@
-"""First act of a remote gang: wait until the provider has the hosts ready, and create lost ones anew."""
+"""First stage of a remote gang: wait until the provider has the hosts ready, and create lost ones anew."""
 
 import itertools
 import time
@@ -31,8 +31,8 @@ class Hosts:
     def wait(self, attempt: RemoteAttempt) -> list[Machine]:
         """The machines, once they are ready. Raises HostError, and StoppedError."""
         has_waited, shown = False, ""
-        begun = time.monotonic()
-        for look in itertools.count():
+        started = time.monotonic()
+        for poll in itertools.count():
             attempt.check_stopped()
             try:
                 condition = self.condition()
@@ -41,10 +41,9 @@ class Hosts:
                         self.provider.authorize(self.name, self.key)
                     return self.provider.machines(self.name)
                 if condition.status in ("absent", "lost"):
-                    if self.request is None:
+                    # A request that failed or expired in the queue would do so again.
+                    if self.request is None or has_waited:
                         raise HostError(0, self.name, f"it is {condition}", is_users=True)
-                    if has_waited:  # a request that failed or expired in the queue would do so again
-                        raise HostError(0, self.name, str(condition), is_users=True)
                     attempt.report_phase(f"{self.name} is {condition}: creating it anew", queued=True)
                     self._create(attempt, condition.status)
                 has_waited = has_waited or condition.status in ("waiting", "creating")
@@ -53,10 +52,10 @@ class Hosts:
                 phase = str(e)
             except UserError as e:  # others may use up a quota for now, and the user may stop the run
                 phase = f"refused for now: {e}"
-            if phase != shown or look % 6 == 0:
+            if phase != shown or poll % 6 == 0:  # about once a minute, so that the time goes on
                 shown = phase
-                attempt.report_phase(f"{phase}, for {time.monotonic() - begun:.0f} s", queued=True)
-            attempt.stopping.wait(min(MIN_POLL_SECONDS * 1.3**look, MAX_POLL_SECONDS))
+                attempt.report_phase(f"{phase}, for {time.monotonic() - started:.0f} s", queued=True)
+            attempt.stopping.wait(min(MIN_POLL_SECONDS * 1.3**poll, MAX_POLL_SECONDS))
         raise AssertionError
 
     def _create(self, attempt: RemoteAttempt, status: str) -> None:

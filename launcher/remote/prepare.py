@@ -1,10 +1,11 @@
-"""Second act of a remote gang: bring code and Python to the hosts, check them, and start an agent on each."""
+"""Second stage of a remote gang: bring code and Python to the hosts, check them, and start an agent on each."""
 
 import contextlib
+import dataclasses
 import json
 import os
-import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from configs.clusters import TpuCluster
 from configs.errors import UserError
 from launcher.accelerators import megascale_environment
 from launcher.host import bootstrap
-from launcher.host.agent import FOLDER
+from launcher.host.agent import FOLDER, WorkerSpec
 from launcher.host.process import host_program
 from launcher.providers import Machine
 from launcher.remote import shipping
 from launcher.remote.attempt import RemoteAttempt
-from launcher.remote.ssh import HostError, Ssh, last_line
+from launcher.remote.ssh import Ssh, last_line
 from launcher.rundir import run_id
 
 MEGASCALE_PORT = 8080  # libtpu's default
+# Google's services refuse requests whose clock is off by more than some minutes.
 CLOCK_SECONDS = 60.0
 
 
@@ -28,17 +30,14 @@ def check_secrets(cluster: TpuCluster) -> None:
     """Raises UserError where this machine's environment lacks a secret of the workers."""
     missing = [name for name in cluster.secrets if name not in os.environ]
     if missing:
-        raise UserError(
-            f"secrets = {', '.join(missing)}: not in the environment; export what the workers are to get"
-        )
+        names = ", ".join(missing)
+        raise UserError(f"secrets = {names}: not in the environment; export what the workers are to get")
 
 
-def module_command(
-    cluster: TpuCluster, folder: str, python: str, program: str, *arguments: str
-) -> tuple[str, ...]:
+def remote_program(cluster: TpuCluster, folder: str, python: str, name: str, *arguments: str) -> list[str]:
     """The command of a program of launcher/host/, from the code in `folder` on a host."""
-    variables = [f"{name}={value}" for name, value in host_environment(cluster, folder).items()]
-    return ("env", *variables, *host_program(program, *arguments, python=python))
+    variables = [f"{key}={value}" for key, value in host_environment(cluster, folder).items()]
+    return ["env", *variables, *host_program(name, *arguments, python=python)]
 
 
 def host_environment(cluster: TpuCluster, folder: str) -> dict[str, str]:
@@ -72,14 +71,13 @@ class Preparation:
             copied_bytes = self._copy(probes)
         with attempt.timed("environment"):
             # All at once: the hosts have the work, and this machine only waits.
-            pythons = ssh.each(lambda p: self._python(p, folders[p]), at_once=self._plan.hosts)
+            pythons = ssh.each(lambda p: self._python(p, folders[p]), parallel=self._plan.hosts)
         with attempt.timed("checks"):
             attempt.report_phase("checking the hosts")
             coordinator, notice = self._preflight(folders, pythons)
         if notice:
-            attempt.report_phase(
-                f"not on these hosts: {notice}; waiting for what becomes of them", queued=True
-            )
+            phase = f"not on these hosts: {notice}; waiting for what becomes of them"
+            attempt.report_phase(phase, queued=True)
             return False
         with attempt.timed("start"):
             attempt.report_phase("starting the workers")
@@ -95,51 +93,46 @@ class Preparation:
         return True
 
     def _probe(self, process: int) -> dict[str, Any]:
-        """What the host is and has, as bootstrap.py tells. Raises HostError where its disk or clock is no good."""
+        """What the host is and has, as bootstrap.py reports it. Raises HostError where its disk or clock is unfit."""
         self._attempt.check_stopped()
-        begun = time.time()
+        started = time.time()
         command = bootstrap_command("probe", self._folder)
         probe = json.loads(self._ssh.run(process, *command, seconds=self._cluster.contact_seconds))
-        host, needed = self._machines[process].internal, self._cluster.min_disk_gib
-        if probe["disk_bytes"] < needed * 2**30:
-            raise HostError(
-                process, host,
-                f"{probe['home']} has {probe['disk_bytes'] / 2**30:.1f} GiB free, min_disk_gib = {needed:g}: make room "
-                "there, or lower it", is_users=True,
-            )  # fmt: skip
-        if not begun - CLOCK_SECONDS < probe["time"] < time.time() + CLOCK_SECONDS:
-            raise HostError(
-                process, host,
-                f"its clock is {probe['time'] - begun:+.0f} s off this machine's: Google's services would refuse one "
-                "of them; set the wrong one", is_users=True,
-            )  # fmt: skip
+        free_gib, needed_gib = probe["disk_bytes"] / 2**30, self._cluster.min_disk_gib
+        if free_gib < needed_gib:
+            message = f"{probe['home']} has {free_gib:.1f} GiB free, min_disk_gib = {needed_gib:g}"
+            raise self._ssh.error(process, f"{message}: make room there, or lower it", is_users=True)
+        if not started - CLOCK_SECONDS < probe["time"] < time.time() + CLOCK_SECONDS:
+            message = f"its clock is {probe['time'] - started:+.0f} s off this machine's: Google's services would refuse"
+            raise self._ssh.error(process, f"{message} one of them; set the wrong one", is_users=True)
         return dict(probe)
 
     def _copy(self, probes: list[dict[str, Any]]) -> int:
         """Bring each host the files that it lacks; the number of bytes sent to all of them."""
         packed = self._run.code()
         if not packed:
-            raise UserError(
-                f"{self._run.location} has no code.tar.gz, from which hosts get the code: `launch` it anew"
-            )
+            file = f"{self._run.location}/code.tar.gz"
+            raise UserError(f"{file}, from which hosts get the code, is missing: `launch` the run anew")
         code = shipping.CodeArchive(packed)
         deltas: dict[str, bytes | None] = {}
-        for probe in probes:  # most hosts lack the same files
-            deltas.setdefault(_digests(probe), code.delta(probe["files"]))
-        tars = [deltas[_digests(probe)] for probe in probes]
-        size = sum(len(tar) for tar in tars if tar)
+        tars = {}
+        for process, probe in enumerate(probes):
+            digests = json.dumps(probe["files"], sort_keys=True)
+            if digests not in deltas:  # most hosts lack the same files
+                deltas[digests] = code.delta(probe["files"])
+            if tar := deltas[digests]:
+                tars[process] = tar
+        num_bytes = sum(map(len, tars.values()))
         self._attempt.report_phase(
-            f"copying the code to {sum(1 for tar in tars if tar)} hosts, {size / 2**20:.1f} MiB in all"
+            f"copying the code to {len(tars)} hosts, {num_bytes / 2**20:.1f} MiB in all"
         )
 
         def copy(process: int) -> None:
-            tar = tars[process]
-            if tar is not None:
-                self._attempt.check_stopped()
-                self._ssh.run(process, *bootstrap_command("receive", self._folder), text=tar)
+            self._attempt.check_stopped()
+            self._ssh.run(process, *bootstrap_command("receive", self._folder), text=tars[process])
 
-        self._ssh.each(copy)
-        return size
+        self._ssh.each(copy, [*tars])
+        return num_bytes
 
     def _python(self, process: int, folder: str) -> str:
         """The Python of a host: the cluster's, or one that the lock file describes."""
@@ -148,40 +141,43 @@ class Preparation:
             return self._cluster.python
         self._attempt.report_phase("making the environment of the hosts from the lock file")
         environments = f"{Path(folder).parent}/environments"
-        made = self._ssh.run(process, "sh", f"{folder}/code/{shipping.SETUP}", environments)
-        return made.decode().strip().splitlines()[-1]
+        output = self._ssh.run(process, "sh", f"{folder}/code/{shipping.SETUP}", environments)
+        return output.decode().strip().splitlines()[-1]
 
     def _preflight(self, folders: list[str], pythons: list[str]) -> tuple[str, str]:
         """The address at which the processes are to meet, and a host's eviction notice. Raises HostError."""
-        rendezvous = self._machines[0].internal
-        request = {"plan": json.loads(self._plan.to_json()), "address": rendezvous}
+        address = self._machines[0].internal
+        request = {"plan": dataclasses.asdict(self._plan), "address": address}
 
         def check(process: int) -> dict[str, Any]:
             self._attempt.check_stopped()
             text = json.dumps({**request, "process": process, "ports": first["ports"]}) + "\n"
-            folder = folders[process]
-            command = module_command(self._cluster, folder, pythons[process], "preflight", folder)
+            command = self._preflight_command(folders[process], pythons[process])
             report = json.loads(self._ssh.run(process, *command, text=text.encode()))
             return self._checked(process, report, first)
 
-        with self._listening(folders[0], pythons[0], request) as first:
+        with self._listening(self._preflight_command(folders[0], pythons[0]), request) as first:
             others = self._ssh.each(check, range(1, self._plan.processes))
         for port in first["ports"]:
             if all(port in report["ports"] for report in others):
-                return f"{rendezvous}:{port}", max(report["notice"] for report in (first, *others))
-        process = next(
+                # An announcement sorts behind the empty text of the hosts that have none.
+                return f"{address}:{port}", max(report["notice"] for report in (first, *others))
+        # The first port is the free one, which every host reaches where no firewall is in the way.
+        unreached = [
             p for p, report in enumerate(others, start=1) if first["ports"][0] not in report["ports"]
+        ]
+        ports, network = ", ".join(map(str, first["ports"])), self._cluster.network or "default"
+        message = (
+            f"it does not reach host 0 at {address}, TCP ports {ports}: let the firewall of network {network}"
         )
-        raise HostError(
-            process, self._machines[process].internal,
-            f"it does not reach host 0 at {rendezvous}, TCP ports {', '.join(map(str, first['ports']))}: let the "
-            f"firewall of network {self._cluster.network or 'default'} pass TCP between the VMs", is_users=True,
-        )  # fmt: skip
+        raise self._ssh.error(unreached[0], f"{message} pass TCP between the VMs", is_users=True)
+
+    def _preflight_command(self, folder: str, python: str) -> list[str]:
+        return remote_program(self._cluster, folder, python, "preflight", folder)
 
     @contextlib.contextmanager
-    def _listening(self, folder: str, python: str, request: dict[str, Any]) -> Any:
+    def _listening(self, command: list[str], request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The report of host 0, which listens at its ports meanwhile."""
-        command = module_command(self._cluster, folder, python, "preflight", folder)
         process = self._ssh.open(0, *command)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -191,35 +187,38 @@ class Preparation:
             process.stdin.flush()
             line = process.stdout.readline()
             if not line:
-                raise HostError(0, self._machines[0].internal, last_line(process.stderr.read()) or "?")
+                raise self._ssh.error(
+                    0, last_line(process.stderr.read()) or "preflight ends without a report"
+                )
             report = json.loads(line)
             yield self._checked(0, report, report)
         finally:
-            _close(process)
+            with contextlib.suppress(OSError):  # the connection may have ended before its input was sent
+                process.stdin.close()
+            process.wait()
 
     def _checked(self, process: int, report: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         """The report of a host. Raises HostError with its problems, and where it differs from host 0."""
         problems = list(report["problems"])
         if report["fingerprint"] != first["fingerprint"]:
-            problems.append(
-                f"it has other code or packages than host 0: {report['fingerprint']}, {first['fingerprint']}"
-            )
+            both = f"{report['fingerprint']}, {first['fingerprint']}"
+            problems.append(f"it has other code or packages than host 0: {both}")
         if problems:
-            raise HostError(process, self._machines[process].internal, "; ".join(problems), is_users=True)
+            raise self._ssh.error(process, "; ".join(problems), is_users=True)
         return report
 
     def _start_agent(self, process: int, folder: str, python: str, coordinator: str) -> None:
         self._attempt.check_stopped()
-        spec = {
-            "plan": json.loads(self._plan.to_json()),
-            "attempt": self._attempt.number,
-            "process": process,
-            "coordinator": coordinator,
-            "environment": host_environment(self._cluster, folder) | self._slice_environment(process),
-            "secrets": {name: os.environ[name] for name in self._cluster.secrets},
-        }
-        command = module_command(self._cluster, folder, python, "agent", "start", folder)
-        self._ssh.run(process, *command, text=json.dumps(spec).encode())
+        spec = WorkerSpec(
+            dataclasses.asdict(self._plan),
+            self._attempt.number,
+            process,
+            coordinator,
+            environment=host_environment(self._cluster, folder) | self._slice_environment(process),
+            secrets={name: os.environ[name] for name in self._cluster.secrets},
+        )
+        command = remote_program(self._cluster, folder, python, "agent", "start", folder)
+        self._ssh.run(process, *command, text=json.dumps(dataclasses.asdict(spec)).encode())
 
     def _slice_environment(self, process: int) -> dict[str, str]:
         slices = self._machines[-1].slice + 1
@@ -233,14 +232,3 @@ def bootstrap_command(command: str, folder: str) -> tuple[str, ...]:
     # The host has no file of ours yet, so the program itself is an argument.
     program = Path(bootstrap.__file__).read_text()
     return ("python3", "-I", "-c", program, command, folder)
-
-
-def _digests(probe: dict[str, Any]) -> str:
-    return json.dumps(probe["files"], sort_keys=True)
-
-
-def _close(process: "subprocess.Popen[bytes]") -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(OSError):
-        process.stdin.close()
-    process.wait()

@@ -21,11 +21,12 @@ from configs.errors import UserError
 from launcher.providers import Machine
 
 CONNECT_SECONDS = 10
-# A connection is given up after three unanswered messages at this interval.
+# ssh gives a connection up after three unanswered messages at this interval.
 ALIVE_SECONDS = 5
+# Each is a process of ssh on the user's laptop.
 MAX_PARALLEL = 32
-MAX_OPEN_FILES = 10240  # macOS has no more
-UNREACHABLE = 255
+MAX_OPEN_FILES = 10240  # macOS allows no more
+UNREACHABLE = 255  # ssh's own exit code, where no command was run
 RETRY_SECONDS = 2.0
 Result = TypeVar("Result")
 
@@ -33,8 +34,8 @@ Result = TypeVar("Result")
 class HostError(Exception):
     """A host that cannot be used, and why."""
 
-    def __init__(self, process: int, host: str, words: str, *, is_users: bool = False):
-        super().__init__(words)
+    def __init__(self, process: int, host: str, message: str, *, is_users: bool = False):
+        super().__init__(message)
         self.process, self.host = process, host
         self.is_users = is_users
         """The user has to mend it: another attempt would fail the same way."""
@@ -49,17 +50,20 @@ class Ssh:
         lines = [f"{machine.alias} {key}\n" for machine in machines for key in machine.host_keys]
         (folder / "known_hosts").write_text("".join(lines))
 
+    def error(self, process: int, message: str, *, is_users: bool = False) -> HostError:
+        """The HostError of a host: that of the machine's process, with the machine's address."""
+        return HostError(process, self.machines[process].internal, message, is_users=is_users)
+
     def address(self, process: int) -> str:
         """Raises HostError where the host has no address of the kind that `reach` asks for."""
         machine = self.machines[process]
-        if self._cluster.reach == "external":
-            if machine.external is None:
-                raise HostError(
-                    process, machine.internal, "it has no external address; set reach to internal or iap",
-                    is_users=True,
-                )  # fmt: skip
-            return machine.external
-        return machine.internal
+        if self._cluster.reach != "external":
+            return machine.internal
+        if machine.external is None:
+            raise self.error(
+                process, "it has no external address; set reach to internal or iap", is_users=True
+            )
+        return machine.external
 
     def command(self, process: int, *remote: str, terminal: bool = False) -> list[str]:
         """The command line of a command on a host, or of a shell there."""
@@ -101,22 +105,15 @@ class Ssh:
             )
             if done.returncode == 0:
                 return done.stdout
-            words = last_line(done.stderr) or f"{remote[0]} ends with exit code {done.returncode}"
+            message = last_line(done.stderr) or f"{remote[0]} ends with exit code {done.returncode}"
             if done.returncode != UNREACHABLE:
-                raise HostError(process, self.machines[process].internal, words)
-            if "Host key verification failed" in done.stderr.decode(errors="replace"):
-                raise HostError(
-                    process, self.machines[process].internal,
-                    "its host key is not the one that the provider tells: something else answers at "
-                    f"{self.address(process)}", is_users=True,
-                )  # fmt: skip
+                raise self.error(process, message)
+            if b"Host key verification failed" in done.stderr:
+                message = "its host key is not the one that the provider tells: something else answers at"
+                raise self.error(process, f"{message} {self.address(process)}", is_users=True)
             if time.monotonic() > deadline:
-                raise HostError(
-                    process,
-                    self.machines[process].internal,
-                    f"not reached by ssh in {seconds:.0f} s: {words}",
-                )
-            time.sleep(RETRY_SECONDS)
+                raise self.error(process, f"not reached by ssh in {seconds:.0f} s: {message}")
+            time.sleep(RETRY_SECONDS)  # a VM that was just created refuses connections for a while
 
     def open(self, process: int, *remote: str) -> "subprocess.Popen[bytes]":
         """A command on a host, with pipes to it."""
@@ -132,14 +129,14 @@ class Ssh:
         self,
         work: Callable[[int], Result],
         processes: Sequence[int] | None = None,
-        at_once: int = MAX_PARALLEL,
+        parallel: int = MAX_PARALLEL,
     ) -> list[Result]:
-        """The results of `work` for each process, in order; `at_once` run in parallel.
+        """The results of `work` for each process, in order; `parallel`: how many run at the same time.
 
         Raises the HostError of the first process in order that has one.
         """
         numbers = range(len(self.machines)) if processes is None else processes
-        with ThreadPoolExecutor(at_once, thread_name_prefix="ssh") as pool:
+        with ThreadPoolExecutor(parallel, thread_name_prefix="ssh") as pool:
             futures = [pool.submit(work, number) for number in numbers]
         errors = [error for future in futures if (error := future.exception())]
         if errors:
@@ -152,9 +149,9 @@ class Ssh:
 @contextlib.contextmanager
 def connected(cluster: TpuCluster, machines: Sequence[Machine]) -> Iterator[Ssh]:
     """Connections that are closed at the end of the context."""
-    # Each host takes three pipes.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, MAX_OPEN_FILES), most))
+    # Each host takes three pipes, and macOS allows 256 open files by default.
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(allowed, MAX_OPEN_FILES), allowed))
     # Not below the user's TMPDIR: the path of a socket has room for about 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="podlaunch-", dir="/tmp"))  # of mode 700
     ssh = Ssh(cluster, machines, folder)
@@ -189,11 +186,11 @@ def public_key(cluster: TpuCluster) -> str:
 
 def _tunnel(cluster: TpuCluster) -> str:
     """The proxy command for Identity-Aware Proxy (https://cloud.google.com/iap/docs/using-tcp-forwarding)."""
-    words = [
+    return shlex.join([
         "gcloud", "compute", "start-iap-tunnel", "%h", "%p", "--listen-on-stdin", f"--project={cluster.project}",
         f"--region={(cluster.zone or '').rpartition('-')[0]}", f"--network={cluster.network or 'default'}",
-    ]  # fmt: skip
-    return shlex.join([*words, f"--dest-group={cluster.iap_group}"])
+        f"--dest-group={cluster.iap_group}",
+    ])  # fmt: skip
 
 
 def last_line(stderr: bytes) -> str:

@@ -11,6 +11,8 @@ LEDGER = "attempts.jsonl"
 
 
 class Attempts:
+    """The files of the attempts of a run."""
+
     def __init__(self, files: Files):
         self._files = files
 
@@ -29,10 +31,11 @@ class Attempts:
         return [a for a in self.all() if a["attempt"] >= first]
 
     def append(self, record: dict[str, Any]) -> None:
-        written = self._files.read(LEDGER) or ""
-        if written and not written.endswith("\n"):
-            written += "\n"  # the line before was cut by a crash
-        self._files.write(LEDGER, f"{written}{json.dumps(record, ensure_ascii=False)}\n")
+        # Written as a whole, since an object under gs:// cannot be appended to.
+        earlier = self._files.read(LEDGER) or ""
+        if earlier and not earlier.endswith("\n"):
+            earlier += "\n"  # the line before was cut by a crash
+        self._files.write(LEDGER, f"{earlier}{json.dumps(record, ensure_ascii=False)}\n")
 
     def last(self) -> int:
         """Number of the newest attempt, 0 before the first."""

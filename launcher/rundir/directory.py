@@ -74,9 +74,8 @@ class RunDirectory:
         try:
             return Plan.from_json(text) if text else None
         except (ValueError, TypeError) as e:
-            raise UserError(
-                f"{self.location}/plan.json is not a plan of this podlaunch ({e}); choose another --name or --root"
-            ) from None
+            problem = f"{self.location}/plan.json is not a plan of this podlaunch ({e})"
+            raise UserError(f"{problem}; choose another --name or --root") from None
 
     def write_plan(self, plan: Plan) -> None:
         """Raises UserError where the directory cannot be written."""
@@ -90,8 +89,8 @@ class RunDirectory:
         self._files.write("code.tar.gz", packed)
 
     def has_foreign_files(self) -> bool:
-        """Whether files lie here that are not a run's."""
-        ours = (LEASE, "rendezvous", "code.tar.gz")
+        """Whether this directory, which has no plan, contains files that are not a run's."""
+        ours = (LEASE, "rendezvous", "code.tar.gz")  # these are written before the plan
         return any(not name.startswith(".") and name not in ours for name in self._files.names())
 
     @contextmanager
@@ -115,7 +114,7 @@ class RunDirectory:
     def locked(self, *, timeout_seconds: float = 0.25) -> Iterator[None]:
         """Hold the run for this launcher; the lock ends with the process. Raises RunHeldError."""
         with ExitStack() as stack:
-            try:
+            try:  # around the entry alone: an error of the run itself is another matter
                 stack.enter_context(self._files.locked(timeout_seconds))
             except HeldError as e:
                 by = f", under {e}" if str(e) else ""
@@ -186,17 +185,9 @@ class RunDirectory:
         if not identity:
             identity = uuid4().hex
             self._files.write(".id", identity)
-        checkpoints.claim(
-            location,
-            {
-                "run": self.name,
-                "directory": self.location
-                if self.location.startswith("gs://")
-                else str(self.path.absolute()),
-                "host": gethostname(),
-                "id": identity,
-            },
-        )
+        directory = self.location if self.location.startswith("gs://") else str(self.path.absolute())
+        claim = {"run": self.name, "directory": directory, "host": gethostname(), "id": identity}
+        checkpoints.claim(location, claim)
 
 
 def list_runs(root: Path | str) -> list[RunDirectory]:

@@ -16,11 +16,12 @@ from uuid import uuid4
 from configs import google
 
 LEASE = "lease.json"
-RENEW_SECONDS = 5.0
-# A lease that is not renewed for so long, by the clock of the launcher that waits for it, is void.
+# A lease that is not renewed for so long, by the clock of the launcher that waits for it, is void. In that time its
+# holder tries six times to renew it.
 LEASE_SECONDS = 30.0
+RENEW_SECONDS = 5.0
 POLL_SECONDS = 1.0
-# Clocks of launchers and of the service are trusted to agree within this.
+# The clocks of launchers and of the service are assumed to agree within this.
 CLOCK_SECONDS = 90.0
 
 
@@ -45,18 +46,18 @@ class Lease:
         """
         watched, deadline = 0, 0.0
         while not self._put():
-            found = self._look()
-            if found is None:  # the holder has given it back meanwhile
+            blob = self._get()
+            if blob is None:  # the holder has released the lease meanwhile
                 self._generation = 0
                 continue
             if not watched:
-                watched, deadline = found.generation, time.monotonic() + LEASE_SECONDS
-            if found.generation != watched:
-                holder = json.loads(self._read(found) or "{}")
+                watched, deadline = blob.generation, time.monotonic() + LEASE_SECONDS
+            if blob.generation != watched:
+                holder = json.loads(self._read(blob) or "{}")
                 raise HeldError(f"process {holder['pid']} on {holder['host']}" if holder else "")
-            age = time.time() - found.updated.timestamp()
+            age = time.time() - blob.updated.timestamp()
             if age > LEASE_SECONDS + CLOCK_SECONDS or time.monotonic() > deadline:
-                self._generation = watched
+                self._generation = watched  # so that the next `_put` replaces the lease
             else:
                 time.sleep(POLL_SECONDS)
         self._renewing.start()
@@ -66,9 +67,8 @@ class Lease:
         self._renewing.join()
         if not self.is_lost:
             with suppress(*google.errors()):  # a lease that is not renewed ends by itself
-                self._bucket.delete_blob(
-                    self._name, if_generation_match=self._generation, retry=google.retry()
-                )
+                ours = self._generation  # the lease may have been taken over since the last renewal
+                self._bucket.delete_blob(self._name, if_generation_match=ours, retry=google.retry())
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
@@ -79,39 +79,39 @@ class Lease:
                     return
 
     def renew(self) -> None:
-        """Renew it, or find that it is lost. Also called before a step that only the holder may take: this machine
-        may have slept since the last renewal.
+        """Renew the lease, or find that it is lost.
+
+        Also called before a step that only the holder may take: this machine may have slept since the last renewal.
         """
         with self._lock:
             self.is_lost = self.is_lost or not self._put()
 
     def _put(self) -> bool:
-        """Write the lease, unless it has another generation than our last (0: there was none); whether it was written."""
+        """Write the lease, if its generation is still the one that we know, 0 for none; whether it was written."""
         from google.api_core.exceptions import PreconditionFailed
 
         blob = self._bucket.blob(self._name)
         try:
-            blob.upload_from_string(
-                self._text, "application/json", if_generation_match=self._generation, retry=google.retry()
-            )
+            expected = self._generation
+            blob.upload_from_string(self._text, if_generation_match=expected, retry=google.retry())
         except PreconditionFailed:
-            found = self._look()
-            if found is None or self._read(found) != self._text:
+            blob = self._get()
+            # Our own text is there where the service did our last request, but its answer was lost.
+            if blob is None or self._read(blob) != self._text:
                 return False
-            blob = found  # our own: a request was done whose answer was lost
         self._generation = blob.generation
         return True
 
-    def _look(self) -> Any:
+    def _get(self) -> Any:
         """The lease as it is now, or None. Not `reload`: a blob that was read is bound to its generation."""
         return self._bucket.get_blob(self._name, retry=google.retry())
 
-    def _read(self, found: Any) -> str | None:
+    def _read(self, blob: Any) -> str | None:
         """The content of that generation; None where it has been replaced meanwhile."""
         from google.api_core.exceptions import NotFound
 
         with suppress(NotFound):
-            return str(found.download_as_text(retry=google.retry()))
+            return str(blob.download_as_text(retry=google.retry()))
         return None
 
 

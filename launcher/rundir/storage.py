@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -21,9 +21,11 @@ from launcher.rundir import lease
 
 ROLES = "the role Storage Object User on the bucket"
 LOCK = ".lock"
-# A supervisor looks ten times a second, which would be as many requests to the bucket.
+# A supervisor reads stop requests and reports ten times a second, which would be as many requests to the bucket.
 CACHE_SECONDS = 2.0
+# A laptop may be out of reach for a while, and a write that fails ends its launcher.
 WRITE_RETRY_SECONDS = 600.0
+LOCK_POLL_SECONDS = 0.05
 
 
 class BucketUnreachableError(UserError):
@@ -53,8 +55,8 @@ class Files(Protocol):
     def refresh(self) -> None:
         """Forget what was read."""
 
-    def locked(self, timeout_seconds: float) -> Any:
-        """A context in which this process holds the run. Raises HeldError."""
+    def locked(self, timeout_seconds: float) -> AbstractContextManager[None]:
+        """A context in which this process holds the run, as soon as it is free. Raises HeldError."""
 
     def is_held(self) -> bool:
         """Whether some launcher holds the run."""
@@ -70,10 +72,9 @@ def open_files(location: str) -> Files:
 def list_plans(root: str) -> list[str]:
     """Locations of the run directories below `root` that have a plan, the newest first."""
     if root.startswith("gs://"):
-        plans = Bucket(root).plans()
-        return [f"{root.rstrip('/')}/{name}" for name in plans]
-    found = sorted(Path(root).glob("*/plan.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-    return [str(p.parent) for p in found]
+        return [f"{root.rstrip('/')}/{name}" for name in Bucket(root).plans()]
+    plans = sorted(Path(root).glob("*/plan.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [str(plan.parent) for plan in plans]
 
 
 class Folder:
@@ -144,13 +145,12 @@ class Folder:
         try:
             yield
         except OSError as e:
-            raise UserError(
-                f"run directory {self._path} cannot be written: {e.strerror}; choose another place with --root"
-            ) from None
+            problem = f"run directory {self._path} cannot be written: {e.strerror}"
+            raise UserError(f"{problem}; choose another place with --root") from None
 
 
 def _flock(file: IO[str], timeout_seconds: float) -> bool:
-    """Take the lock, with some tries: `launch list` holds it, too, for the instant in which it looks."""
+    """Take the lock, with some tries: `launch list` also holds it, for the instant in which `is_held` asks."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:
@@ -161,10 +161,10 @@ def _flock(file: IO[str], timeout_seconds: float) -> bool:
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            return True  # some parallel file systems have no locks
+            return True  # some parallel file systems have no locks, and a run there is better than none
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 class Bucket:
@@ -173,21 +173,22 @@ class Bucket:
         self._name, self._prefix = google.bucket_and_prefix(self.location)
         with self._explained():
             self._bucket = google.client().bucket(self._name)
-        self._seen: dict[str, tuple[float, str | None]] = {}
-        self._listed: dict[str, tuple[float, list[str]]] = {}
+        # What was read and listed, each with the time. Threads share them.
+        self._contents: dict[str, tuple[float, str | None]] = {}
+        self._listings: dict[str, tuple[float, list[str]]] = {}
         self._lease: lease.Lease | None = None
 
     def read(self, name: str) -> str | None:
         """As `Files.read`; of an unreachable bucket the content that was read last, if any was."""
-        at, text = self._seen.get(name, (None, None))
-        if at is not None and time.monotonic() - at < CACHE_SECONDS:
+        read_at, text = self._contents.get(name, (None, None))
+        if read_at is not None and time.monotonic() - read_at < CACHE_SECONDS:
             return text
         try:
             text = self._download(name)
         except BucketUnreachableError:
-            if at is None:
+            if read_at is None:
                 raise
-        self._seen[name] = (time.monotonic(), text)
+        self._contents[name] = (time.monotonic(), text)
         return text
 
     def _download(self, name: str) -> str | None:
@@ -201,11 +202,9 @@ class Bucket:
                 return None
 
     def _check_exists(self) -> None:
-        """Raises NotFound where the bucket is absent, which the service answers like an absent object; asked once."""
-        if not self._seen:
-            next(
-                iter(self._bucket.list_blobs(prefix=self._prefix, max_results=1, retry=google.retry())), None
-            )
+        """Raises NotFound where the bucket is absent. Of an object, the service answers the same where that is absent."""
+        if not self._contents:  # once is enough
+            list(self._bucket.list_blobs(prefix=self._prefix, max_results=1, retry=google.retry()))
 
     def read_from(self, name: str, offset: int) -> bytes:
         from google.api_core.exceptions import NotFound, RequestRangeNotSatisfiable
@@ -217,50 +216,50 @@ class Bucket:
     def write(self, name: str, content: str | bytes) -> None:
         """As `Files.write`; retried for ten minutes, since a laptop may be out of reach for a while."""
         if isinstance(content, str):
-            self._seen[name] = (time.monotonic(), content)
-        self._listed.clear()
+            self._contents[name] = (time.monotonic(), content)
+        self._listings.clear()
         with self._explained():
             self._blob(name).upload_from_string(content, retry=google.retry(WRITE_RETRY_SECONDS))
 
     def delete(self, name: str) -> None:
         from google.api_core.exceptions import NotFound
 
+        prefix = f"{self._prefix}{name}/"
         with self._explained():
-            blobs = [self._blob(name), *self._list(f"{name}/")]
-            for blob in blobs:
+            below = self._bucket.list_blobs(prefix=prefix, retry=google.retry())
+            for blob in (self._blob(name), *below):
                 with suppress(NotFound):
                     blob.delete(retry=google.retry(WRITE_RETRY_SECONDS))
-        self._listed.clear()
-        for seen in self._seen.copy():  # a copy, since other threads read meanwhile
-            if seen == name or seen.startswith(f"{name}/"):
-                self._seen.pop(seen, None)
+        self._listings.clear()
+        for cached in self._contents.copy():  # a copy, since other threads read meanwhile
+            if cached == name or cached.startswith(f"{name}/"):
+                self._contents.pop(cached, None)
 
     def names(self, folder: str = "") -> list[str]:
-        at, names = self._listed.get(folder, (None, []))
-        if at is not None and time.monotonic() - at < CACHE_SECONDS:
+        listed_at, names = self._listings.get(folder, (None, []))
+        if listed_at is not None and time.monotonic() - listed_at < CACHE_SECONDS:
             return names
         prefix = f"{self._prefix}{folder}/" if folder else self._prefix
         with self._explained():
             listing = self._bucket.list_blobs(prefix=prefix, delimiter="/", retry=google.retry())
             files = [blob.name.removeprefix(prefix) for blob in listing]
             names = sorted([*files, *(p.removeprefix(prefix).rstrip("/") for p in listing.prefixes)])
-        self._listed[folder] = (time.monotonic(), names)
+        self._listings[folder] = (time.monotonic(), names)
         return names
 
     def plans(self) -> list[str]:
         """Names of the runs below this location, the one launched last first."""
         with self._explained():
             # The pattern is matched by the service, so checkpoints and logs are not listed.
-            listing = self._bucket.list_blobs(
-                match_glob="**/plan.json", retry=google.retry(), prefix=self._prefix or None
-            )
-            found = sorted(listing, key=lambda blob: blob.updated, reverse=True)
-        names = [blob.name.removeprefix(self._prefix) for blob in found]
+            prefix, pattern = self._prefix or None, "**/plan.json"
+            listing = self._bucket.list_blobs(prefix=prefix, match_glob=pattern, retry=google.retry())
+            newest_first = sorted(listing, key=lambda blob: blob.updated, reverse=True)
+        names = [blob.name.removeprefix(self._prefix) for blob in newest_first]
         return [name.removesuffix("/plan.json") for name in names if re.fullmatch(r"[^/]+/plan\.json", name)]
 
     def refresh(self) -> None:
-        self._listed.clear()
-        self._seen = {name: (-CACHE_SECONDS, text) for name, (_, text) in self._seen.copy().items()}
+        self._listings.clear()
+        self._contents = {name: (-CACHE_SECONDS, text) for name, (_, text) in self._contents.copy().items()}
 
     @contextmanager
     def locked(self, timeout_seconds: float) -> Iterator[None]:
@@ -281,12 +280,9 @@ class Bucket:
         if self._lease is None:
             return False
         if refresh:
-            with suppress(*google.errors()):
+            with suppress(*google.errors()):  # out of reach of the bucket, the last answer stands
                 self._lease.renew()
         return self._lease.is_lost
-
-    def _list(self, below: str) -> list[Any]:
-        return list(self._bucket.list_blobs(prefix=self._prefix + below, retry=google.retry()))
 
     def _blob(self, name: str) -> Any:
         return self._bucket.blob(self._prefix + name)
