@@ -17,7 +17,7 @@ from launcher.machine.network import reserve_port
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-RENDEZVOUS_SECONDS = float(os.environ.get("LAUNCH_MEETING_SECONDS", "300"))
+RENDEZVOUS_SECONDS = float(os.environ.get("LAUNCH_RENDEZVOUS_SECONDS", "300"))
 # A refused process 0 waits only so long for the others, whom it tells of the refusal.
 REFUSED_SECONDS = 30.0
 # Each round lists and reads objects of the bucket, on every VM.
