@@ -80,9 +80,8 @@ def _options(plan: Plan, cluster: SlurmCluster) -> Options:
 def submit(plan: Plan, run: RunDirectory) -> str:
     cluster = SlurmCluster.model_validate(plan.submission)
     if not shutil.which("sbatch"):
-        raise UserError(
-            f"cluster = {plan.cluster}: there is no sbatch on this machine; type this on a login node of the cluster"
-        )
+        reason = "there is no sbatch on this machine"
+        raise UserError(f"cluster = {plan.cluster}: {reason}; type this on a login node of the cluster")
     if "\\" in str(run.path):
         raise UserError(f"{run.path}: SLURM cannot write to a path with a backslash; choose another --root")
     _check_partition(plan.cluster, cluster)
@@ -196,9 +195,8 @@ def _final_state(run: RunDirectory, job: str, status: str, description: str) -> 
 def cancel(run: RunDirectory) -> None:
     done = commands.run("scancel", run.job.id() or "")
     if done.returncode:
-        raise UserError(
-            f"job {run.job.id()} of run {run.name} cannot be cancelled: {commands.message(done.stderr)}"
-        )
+        reason = commands.message(done.stderr)
+        raise UserError(f"job {run.job.id()} of run {run.name} cannot be cancelled: {reason}")
 
 
 # In the job
@@ -207,9 +205,7 @@ def cancel(run: RunDirectory) -> None:
 def check(plan: Plan) -> None:
     """Raises UserError where this job would be over before it could save."""
     if "SLURM_JOB_ID" not in os.environ:
-        raise UserError(
-            "this is no SLURM job: `launch supervise` belongs into a batch script; type `launch CONFIG`"
-        )
+        raise UserError("this is no SLURM job: `launch supervise` is for batch scripts; type `launch CONFIG`")
     limit_minutes, save_minutes = commands.job_seconds("%l") / 60, slurm_cluster(plan).save_minutes
     if limit_minutes <= save_minutes:
         raise UserError(
@@ -228,13 +224,12 @@ def can_restart(plan: Plan, run: RunDirectory) -> bool:
     failures = [a["failure"] for a in run.attempts.of_launch() if a["failure"]]
     # An exit code is the program's own doing. A signal, or a start that failed, may be the node's.
     counts = Counter(f["host"] for f in failures if not f["cause"].startswith(("exit code", "srun")))
-    bad = [host for host, count in counts.items() if count >= BAD_NODE_FAILURES]
-    run.job.exclude_nodes(bad)
-    here = set(commands.job_nodes()) & set(bad)
-    return (
-        not here
-        and commands.job_seconds("%L") > 60 * slurm_cluster(plan).save_minutes + 2 * EARLY_SIGNAL_SECONDS
-    )
+    bad_nodes = [host for host, count in counts.items() if count >= BAD_NODE_FAILURES]
+    run.job.exclude_nodes(bad_nodes)
+    if set(commands.job_nodes()) & set(bad_nodes):
+        return False
+    # A minute to train, before the minute in which SLURM may already signal.
+    return commands.job_seconds("%L") > 60 * slurm_cluster(plan).save_minutes + 2 * EARLY_SIGNAL_SECONDS
 
 
 def requeue(plan: Plan, run: RunDirectory) -> str:

@@ -16,20 +16,18 @@ from launcher.machine.slurm import hostnames
 CONTROLLER_TIMEOUT_SECONDS = 120.0
 RETRY_SECONDS = 2.0
 
+Completed = subprocess.CompletedProcess[str]
 
-def run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Raises UserError where this machine does not have the command."""
+
+def run(*command: str, text: str = "") -> Completed:
+    """Run a command of SLURM, with `text` as standard input. Raises UserError where this machine does not have it."""
     try:
-        return subprocess.run(
-            command, input=text, stdin=None if text else subprocess.DEVNULL, capture_output=True, text=True
-        )
+        return subprocess.run(command, input=text, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} on this machine; type this where SLURM is") from None
 
 
-def run_until_reachable(
-    *command: str, timeout_seconds: float = CONTROLLER_TIMEOUT_SECONDS
-) -> subprocess.CompletedProcess[str]:
+def run_until_reachable(*command: str, timeout_seconds: float = CONTROLLER_TIMEOUT_SECONDS) -> Completed:
     """Run a command again while the controller cannot be reached, since it may be restarting."""
     deadline = time.monotonic() + timeout_seconds
     while True:

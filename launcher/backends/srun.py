@@ -71,11 +71,8 @@ def srun_command(plan: Plan, attempt: int) -> list[str]:
     if cluster.container:
         mounts = [f"{plan.run_directory}:{plan.run_directory}", *cluster.container.mounts]
         options |= {"container-image": cluster.container.image, "container-mounts": ",".join(mounts)}
-    return [
-        "srun",
-        *flags(options | cluster.srun),
-        *host_program("task", plan.run_directory, str(attempt), python=python),
-    ]
+    task = host_program("task", plan.run_directory, str(attempt), python=python)
+    return ["srun", *flags(options | cluster.srun), *task]
 
 
 class SrunGang:

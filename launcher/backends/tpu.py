@@ -92,9 +92,8 @@ def quote(plan: Plan, run: RunDirectory) -> str | None:
             )
         return None
     if condition.status != "absent" and condition.owner != run_id(plan.run_directory):
-        raise UserError(
-            f"the name {name} is taken {place}, by a TPU that is not this run's; choose another --name, or delete it"
-        )
+        problem = f"the name {name} is taken {place}, by a TPU that is not this run's"
+        raise UserError(f"{problem}; choose another --name, or delete it")
     if condition.status in _GONE:
         return _describe_request(plan)
     old = run.plan()

@@ -40,30 +40,30 @@ def print_plan(plan: "Plan") -> None:
         click.echo(f"{label:<12}{text}")
 
 
-def print_result(
-    plan: "Plan", directory: "RunDirectory", result: dict[str, Any], *, again: bool = True
-) -> None:
+def print_result(plan: "Plan", run: "RunDirectory", result: dict[str, Any], *, again: bool = True) -> None:
     """How a run ended, and where its files are; `again`: with the command line that resumes it."""
     from launcher.supervise import describe_failure
 
-    metrics, steps = result["metrics"], directory.checkpoint_steps()
+    metrics, steps = result["metrics"], run.checkpoint_steps()
     attempts = f"{result['attempts']} attempt{'s' * (result['attempts'] > 1)}"
-    echo(
-        f"\n{result['status']:<12}step {result['step']} (epoch {result['epoch']:.4g}), {attempts}, {duration(result['wall_seconds'])}"
+    step, time_taken = (
+        f"step {result['step']} (epoch {result['epoch']:.4g})",
+        duration(result["wall_seconds"]),
     )
+    echo(f"\n{result['status']:<12}{step}, {attempts}, {time_taken}")
     if result["failure"]:
         echo(f"{'cause':<12}{describe_failure(result['failure'])}")
         for line in result["failure"]["lines"]:
             echo(f"            | {line}")
-        echo(f"{'logs':<12}{directory.hosts.logs(directory.attempts.last())}")
+        echo(f"{'logs':<12}{run.hosts.logs(run.attempts.last())}")
     if "eval/accuracy" in metrics:
         echo(
             f"{'result':<12}{metrics['eval/accuracy']:.2%} of {metrics['eval/count']} held-out images, "
             f"eval loss {metrics['eval/loss']:.4f}"
         )
     if steps:
-        echo(f"{'checkpoints':<12}{directory.checkpoints()} (newest: step {steps[-1]})")
-    echo(f"{'look':<12}tensorboard --logdir {shlex.quote(directory.tensorboard())}")
+        echo(f"{'checkpoints':<12}{run.checkpoints()} (newest: step {steps[-1]})")
+    echo(f"{'look':<12}tensorboard --logdir {shlex.quote(run.tensorboard())}")
     if again and result["status"] != "completed":
         mend = "mend it, then " if result["failure"] and not result["failure"]["retryable"] else ""
         echo(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
@@ -94,21 +94,19 @@ def progress_text(plan: "Plan", report: dict[str, Any]) -> str:
 
 def input_text(report: dict[str, Any]) -> str:
     """The bottleneck, and figures of reading where images are read, in brackets."""
-    words = [report["bound"]] if "bound" in report else []
+    parts = [report["bound"]] if "bound" in report else []
     if "data/ready_batches" in report:
-        words.append(f"{report['data/ready_batches']} ready")
+        parts.append(f"{report['data/ready_batches']} ready")
     if "data/get_p50_ms" in report:
         times = "/".join(f"{report[f'data/get_p{q}_ms']:.0f}" for q in (50, 95, 99))
-        words.append(f"GET p50/95/99 {times} ms")
+        parts.append(f"GET p50/95/99 {times} ms")
     if "data/cache_hit_share" in report:
-        words.append(f"cache {report['data/cache_hit_share']:.0%}")
+        parts.append(f"cache {report['data/cache_hit_share']:.0%}")
     if report.get("data/hedges"):
-        words.append(f"hedges {report['data/hedges']}, won {report['data/hedges_won']}")
-    troubles = {"retries": "retries", "checksum_failures": "checksum failures", "bad_records": "bad records"}
-    words += [
-        f"{report[f'data/{key}']} {name}" for key, name in troubles.items() if report.get(f"data/{key}")
-    ]
-    return f" ({', '.join(words)})" if words else ""
+        parts.append(f"hedges {report['data/hedges']}, won {report['data/hedges_won']}")
+    troubles = {name: report.get(f"data/{name}") for name in ("retries", "checksum_failures", "bad_records")}
+    parts += [f"{count} {name.replace('_', ' ')}" for name, count in troubles.items() if count]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 class Progress:
@@ -158,11 +156,11 @@ class Progress:
 
 
 def print_new_lines(
-    directory: "RunDirectory", attempt: int, process: int, offsets: dict[tuple[int, int], int], *, prefix: str
+    run: "RunDirectory", attempt: int, process: int, offsets: dict[tuple[int, int], int], *, prefix: str
 ) -> None:
-    """Print the complete lines that were added to a log since `offsets`."""
+    """Print the complete lines that were added to a log since `offsets`: bytes, by attempt and process."""
     offset = offsets.get((attempt, process), 0)
-    content = directory.hosts.read_log(attempt, process, offset)
+    content = run.hosts.read_log(attempt, process, offset)
     whole = content[: content.rfind(b"\n") + 1]
     offsets[attempt, process] = offset + len(whole)
     for line in whole.decode("utf-8", errors="replace").splitlines():

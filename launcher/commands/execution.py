@@ -91,9 +91,7 @@ def _acquire(plan: "Plan", run: "RunDirectory", *, yes: bool) -> None:
         click.echo(f"to create   {quote}")
         if not yes:
             if not sys.stdin.isatty():
-                raise UserError(
-                    "what is to be created costs money, and nothing was created; say --yes to create it"
-                )
+                raise UserError("the TPU costs money, and nothing was created; say --yes to create it")
             click.confirm("Create it?", abort=True)
     remote.acquire(plan, run)
 
@@ -116,7 +114,7 @@ def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
     """Show the progress of a run until it ends; its exit code. Ctrl-C leaves the run as it is."""
     from launcher.supervise import EXIT_CODES, EXIT_STOPPED, describe_failure, exit_code
 
-    begun, num_shown, shown = time.time(), len(run.attempts.all()), ""
+    started, num_shown, shown = time.time(), len(run.attempts.all()), ""
     try:
         with console.Progress(plan) as progress:
             for state in states(run):
@@ -128,14 +126,15 @@ def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
                     progress.print(str(state))
                     shown = str(state)
                 report = run.hosts.report(0)
-                if state.status == "running" and report.get("time", 0) > begun:
+                if state.status == "running" and report.get("time", 0) > started:  # a report of this attempt
                     progress.update(run.attempts.last(), report)
     except KeyboardInterrupt:
         where = f", in job {run.job.id()}" if run.job.id() else ""
-        click.echo(
-            f"\nleft running{where}: `launch attach {plan.name}` follows it, "
-            f"`launch stop {plan.name}` has it save and end"
+        follows, stops = (
+            f"`launch attach {plan.name}` follows it",
+            f"`launch stop {plan.name}` has it save and end",
         )
+        click.echo(f"\nleft running{where}: {follows}, {stops}")
         return EXIT_STOPPED
     result = run.result()
     if result is None or result["status"] != state.status:

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,13 +53,12 @@ def worker(config: Path, overrides: tuple[str, ...], name: str | None, root: str
     from launcher.host.external import REFUSED, ExternalExecutor, start_worker_on
     from launcher.host.process import shell_exit_code
 
-    place = _place_of_worker(root, run_name(config, name))
-    host, run = place.host, place.run
-    if place.process:
+    host, run, spec, stopped_by = _worker_here(root, run_name(config, name))
+    if host.process:
         signal.signal(signal.SIGTERM, lambda *_: host.request_stop())
         sys.exit(shell_exit_code(host.wait()) if start_worker_on(host, run) else 0)
     try:
-        plan = plan_on(place.cluster, config, overrides, name, root, max_restarts=0)
+        plan = plan_on(spec, config, overrides, name, root, max_restarts=0)
         if plan.backend == "tpu" and run.plan() and (state := state_of(run)).is_active:
             raise UserError(f"run {plan.name} is {state}; end it first with `launch stop {plan.name}`")
         check_can_resume(plan, run)
@@ -71,24 +69,17 @@ def worker(config: Path, overrides: tuple[str, ...], name: str | None, root: str
         host.cancel()
         return
     console.print_plan(plan)
-    executor = ExternalExecutor(host, backends.get(plan.backend).job_info(), place.stopped_by)
+    executor = ExternalExecutor(host, backends.get(plan.backend).job_info(), stopped_by)
     sys.exit(execution.train(plan, run, executor, requeue=False, begin=True))
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The process that `launch worker` is to be."""
+def _worker_here(
+    root: str, name: str
+) -> tuple["WorkerHost", "RunDirectory", "ClusterSpec", Callable[[], str]]:
+    """The host that `launch worker` was typed on, its run and cluster, and what `Gang.stopped_by` is to answer.
 
-    process: int
-    run: "RunDirectory"
-    cluster: "ClusterSpec"
-    host: "WorkerHost"
-    stopped_by: Callable[[], str]
-    """As `Gang.stopped_by`."""
-
-
-def _place_of_worker(root: str, name: str) -> _Place:
-    """Raises UserError where this is neither a task of SLURM nor a TPU VM."""
+    Raises UserError where this is neither a task of SLURM nor a TPU VM.
+    """
     from launcher import clusters
     from launcher.backends import slurm_commands
     from launcher.host.task import SlurmTaskHost
@@ -99,7 +90,7 @@ def _place_of_worker(root: str, name: str) -> _Place:
 
     if task := current_task():
         run, spec = RunDirectory(Path(root).absolute() / name), clusters.from_slurm_task(task)
-        return _Place(task.process, run, spec, SlurmTaskHost(task, run), slurm_commands.current_stop_cause)
+        return SlurmTaskHost(task, run), run, spec, slurm_commands.current_stop_cause
     vm = metadata.tpu_worker()
     if vm is None:
         raise UserError(
@@ -108,5 +99,4 @@ def _place_of_worker(root: str, name: str) -> _Place:
     if not root.startswith("gs://"):
         raise UserError(f"--root {root}: the VMs of a slice share no folder; give --root gs://bucket/prefix")
     run = RunDirectory(f"{root}/{name}")
-    vm_host = TpuVmHost(vm, run)
-    return _Place(vm_host.process, run, clusters.from_tpu_worker(vm), vm_host, lambda: "preempted")
+    return TpuVmHost(vm, run), run, clusters.from_tpu_worker(vm), lambda: "preempted"

@@ -29,15 +29,11 @@ def status(name: str | None, root: str) -> None:
         click.echo(f"last word   {time.time() - report['time']:.0f} s ago, {report.get('phase')}")
     click.echo(f"checkpoints {', '.join(map(str, run.checkpoint_steps())) or 'none yet'}")
     for a in run.attempts.all():
-        job = (
-            f", job {a['job']}" + f" requeued {a['restart_count']}×" * (a["restart_count"] > 0)
-            if a.get("job")
-            else ""
-        )
-        click.echo(
-            f"attempt {a['attempt']:<4}{a['verdict']}, steps {a['from_step']} to {a['reached_step']} "
-            f"in {console.duration(a['wall_seconds'])}{job}"
-        )
+        job = f", job {a['job']}" if a.get("job") else ""
+        if a.get("restart_count"):
+            job += f" requeued {a['restart_count']}×"
+        steps = f"steps {a['from_step']} to {a['reached_step']} in {console.duration(a['wall_seconds'])}"
+        click.echo(f"attempt {a['attempt']:<4}{a['verdict']}, {steps}{job}")
         if a["failure"]:
             click.echo(f"            {describe_failure(a['failure'])}")
 

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 for command in (
-    *(run.run, run.plan, hosts.supervise, hosts.worker),
+    *(run.run, run.show_plan, hosts.supervise, hosts.worker),
     *(look.status, look.attach, look.logs, look.list_runs, look.tensorboard),
     *(stop.stop, tpu.ssh, tpu.gc, reference.clusters, reference.schema, data.data),
 ):

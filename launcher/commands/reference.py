@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from configs.errors import UserError
+
+if TYPE_CHECKING:
+    from launcher.plan import ClusterSpec
 
 
 @click.command()
@@ -24,16 +28,16 @@ def clusters(kind: str | None) -> None:
     for name, cluster in named_clusters().items():
         spec = from_settings(name, cluster)
         hosts = "VMs" if spec.backend == "tpu" else "nodes"
-        click.echo(
-            f"{name:<12} {spec.processes} × {spec.devices_per_process} {spec.platform} on {spec.hosts} {hosts}"
-        )
+        click.echo(f"{name:<12} {_devices(spec)} on {spec.hosts} {hosts}")
     try:
         spec = default_cluster()
-        click.echo(
-            f"{'default':<12} {spec.name}: {spec.processes} × {spec.devices_per_process} {spec.platform}"
-        )
+        click.echo(f"{'default':<12} {spec.name}: {_devices(spec)}")
     except UserError as e:
         click.echo(f"{'default':<12} none: {e}")
+
+
+def _devices(spec: "ClusterSpec") -> str:
+    return f"{spec.processes} × {spec.devices_per_process} {spec.platform}"
 
 
 def _print_tpus() -> None:
@@ -43,9 +47,9 @@ def _print_tpus() -> None:
     click.echo(row("--cluster", "topology", "chips", "VMs", "GiB a chip", "JAX devices", "runtime"))
     for generation in GENERATIONS.values():
         for size in generation.sizes:
-            one, name = tpu_slice(generation, size), f"tpu-{generation.name}-{size}"
-            hbm, devices = generation.hbm_gib, one.vms * one.devices_per_vm
-            click.echo(row(name, one.topology, one.chips, one.vms, hbm, devices, generation.runtime))
+            tpu, name = tpu_slice(generation, size), f"tpu-{generation.name}-{size}"
+            hbm, devices = generation.hbm_gib, tpu.vms * tpu.devices_per_vm
+            click.echo(row(name, tpu.topology, tpu.chips, tpu.vms, hbm, devices, generation.runtime))
     in_cores = ", ".join(g.name for g in GENERATIONS.values() if g.counts == "cores")
     click.echo(f"A size counts cores, two a chip, on {in_cores}, and chips on the others.")
     click.echo("A topology may stand for it, as in tpu-v4-2x2x4; xN behind either is N slices.")

@@ -60,24 +60,21 @@ def run(
         click.confirm("Go on with this run?", default=True, abort=True)
     if plan.submission is None or backend.REMOTE:
         backend.check(plan)
-        is_requeued = requeue and directory.job.id() == backend.job_info()["job"]
-        sys.exit(
-            execution.train(
-                plan, directory, backend, requeue=requeue, begin=not is_requeued, yes=yes, detach=detach
-            )
-        )
+        begin = not (requeue and directory.job.id() == backend.job_info()["job"])
+        code = execution.train(plan, directory, backend, requeue=requeue, begin=begin, yes=yes, detach=detach)
+        sys.exit(code)
     execution.submit(plan, directory)
     if not detach:
         sys.exit(execution.follow(plan, directory))
 
 
-@click.command()
+@click.command("plan")
 @planning_arguments
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON, as a run would keep it.")
-def plan(config: Path, overrides: tuple[str, ...], as_json: bool, **planning: Any) -> None:
+def show_plan(config: Path, overrides: tuple[str, ...], as_json: bool, **planning: Any) -> None:
     """Show what `run` would do, and check all of it."""
-    made = make_plan(config, overrides, **planning)
+    plan = make_plan(config, overrides, **planning)
     if as_json:
-        click.echo(made.to_json())
+        click.echo(plan.to_json())
     else:
-        console.print_plan(made)
+        console.print_plan(plan)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -62,15 +62,15 @@ def states(run: "RunDirectory") -> Iterator["State"]:
     A scheduler is asked rarely: when the run directory has news, or while process 0 does not report.
     """
     backend = backend_of(run)
-    due, before, report_before = -math.inf, None, None
+    due, seen, seen_report = -math.inf, None, None
     while True:
         news, report = (run.attempts.last(), run.result()), run.hosts.report(0).get("time")
-        ask = news != before or time.monotonic() >= due
-        if ask:
+        is_due = news != seen or time.monotonic() >= due
+        if is_due:
             state = backend.state(run)
-        if ask or report != report_before:
+        if is_due or report != seen_report:
             due = time.monotonic() + backend.POLL_SECONDS
-        before, report_before = news, report
+        seen, seen_report = news, report
         yield state
         if not state.is_active:
             return
@@ -96,7 +96,8 @@ def check_can_resume(plan: "Plan", run: "RunDirectory") -> list[str]:
     old = run.plan()
     if old is None and run.has_foreign_files():
         raise UserError(f"{run.location} is not empty and holds no run; choose another --name or --root")
-    changed, steps = differences(old, plan) if old else [], _checkpoints_to_resume(old, plan, run)
+    changed = differences(old, plan) if old else []
+    steps = _checkpoints_to_resume(old, plan, run)
     if changed and steps:  # before the first checkpoint there is nothing to resume
         raise UserError(
             f"run {plan.name} was started with other settings ({'; '.join(changed)}): "
@@ -109,11 +110,14 @@ def check_can_resume(plan: "Plan", run: "RunDirectory") -> list[str]:
         )
     if old is None:
         return []
-    then = {"cluster": old.cluster, "mesh": old.mesh, "steps": old.steps}
-    now = {"cluster": plan.cluster, "mesh": plan.mesh, "steps": plan.steps}
-    for key in ("project", "zone", "tpu"):  # where the hosts of the run may still be
-        then[key], now[key] = ((p.submission or {}).get(key) for p in (old, plan))
-    return changed + [f"{key}: {then[key]}, now {now[key]}" for key in then if then[key] != now[key]]
+    before, now = _place_and_length(old), _place_and_length(plan)
+    return changed + [f"{key}: {before[key]}, now {now[key]}" for key in now if before[key] != now[key]]
+
+
+def _place_and_length(plan: "Plan") -> dict[str, Any]:
+    """What a user may change from launch to launch, but wants to know of: the hosts of the run may still exist."""
+    hosts = {key: (plan.submission or {}).get(key) for key in ("project", "zone", "tpu")}
+    return {"cluster": plan.cluster, "mesh": plan.mesh, "steps": plan.steps, **hosts}
 
 
 def _checkpoints_to_resume(old: "Plan | None", plan: "Plan", run: "RunDirectory") -> list[int]:
@@ -121,11 +125,11 @@ def _checkpoints_to_resume(old: "Plan | None", plan: "Plan", run: "RunDirectory"
     steps = run.checkpoint_steps(plan)
     before, now = run.checkpoints(old or plan), run.checkpoints(plan)
     if before != now:
-        kept = run.checkpoint_steps(old)
-        if kept and (not steps or steps[-1] < kept[-1]):
-            there = f"only up to step {steps[-1]}" if steps else "none"
+        old_steps = run.checkpoint_steps(old)
+        if old_steps and (not steps or steps[-1] < old_steps[-1]):
+            some = f"only up to step {steps[-1]}" if steps else "none"
             raise UserError(
-                f"run {plan.name} has checkpoints up to step {kept[-1]} in {before}, and {there} in {now}: "
+                f"run {plan.name} has checkpoints up to step {old_steps[-1]} in {before}, and {some} in {now}: "
                 "copy them there, or undo the change of checkpoint.directory"
             )
     return steps

@@ -21,9 +21,7 @@ def ssh(name: str, command: tuple[str, ...], host: int, root: str) -> None:
     run = find_run(root, name)
     plan = plan_of(run)
     if not is_remote(run):
-        raise UserError(
-            f"run {name} is on cluster {plan.cluster}, whose hosts podlaunch does not reach by ssh"
-        )
+        raise UserError(f"run {name} is on cluster {plan.cluster}, whose hosts are not reached by ssh")
     if host >= plan.hosts:
         raise UserError(f"--host {host}: the run has hosts 0 to {plan.hosts - 1}")
     sys.exit(backends.get_remote(plan.backend).shell(plan, run, host, command))
@@ -41,9 +39,8 @@ def gc(names: tuple[str, ...], project: str | None, delete: bool, yes: bool) -> 
     leftovers = tpu.leftovers(project)
     unknown = set(names) - {resource.name for resource in leftovers}
     if unknown:
-        raise UserError(
-            f"{', '.join(sorted(unknown))}: not among what podlaunch created here; see `launch gc`"
-        )
+        listed = ", ".join(sorted(unknown))
+        raise UserError(f"{listed}: not among what podlaunch created here; see `launch gc`")
     chosen = [resource for resource in leftovers if not names or resource.name in names]
     if not chosen:
         click.echo("nothing that podlaunch created is left")
@@ -53,16 +50,15 @@ def gc(names: tuple[str, ...], project: str | None, delete: bool, yes: bool) -> 
         click.echo(f"{'':<40} {resource.description}")
     if not delete:
         return
-    doomed = [resource for resource in chosen if names or tpu.may_be_deleted(resource)]
+    to_delete = [resource for resource in chosen if names or tpu.may_be_deleted(resource)]
     for resource in chosen:
-        if resource not in doomed:
-            click.echo(
-                f"left        {resource.name}: it is in use, or not yours; name it to delete it all the same"
-            )
-    if doomed and not yes:
+        if resource not in to_delete:
+            left = f"left        {resource.name}"
+            click.echo(f"{left}: it is in use, or not yours; name it to delete it all the same")
+    if to_delete and not yes:
         if not sys.stdin.isatty():
             raise UserError("--delete asks first, and there is nobody to ask; say --yes")
-        click.confirm(f"Delete {', '.join(resource.name for resource in doomed)}?", abort=True)
-    for resource in doomed:
+        click.confirm(f"Delete {', '.join(resource.name for resource in to_delete)}?", abort=True)
+    for resource in to_delete:
         tpu.delete(project, resource)
         click.echo(f"deleted     {resource.name}")

@@ -301,7 +301,3 @@ def main() -> None:
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -49,9 +49,8 @@ def receive(folder):  # type: ignore[no-untyped-def]
             if name not in wanted or name in changed:  # a changed file may be read-only
                 os.remove(path)
         for parent, _, _ in os.walk(code, topdown=False):
-            if (
-                set(os.listdir(parent)) <= {"__pycache__"} and parent != code
-            ):  # a file of the tar may have the folder's name
+            # An empty folder goes, since a file of the tar may have its name.
+            if parent != code and set(os.listdir(parent)) <= {"__pycache__"}:
                 shutil.rmtree(parent)
         archive.extractall(code)  # noqa: S202 (the launcher made the tar, and ssh brought it)
     return {}

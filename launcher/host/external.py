@@ -17,6 +17,7 @@ CANCELLED, REFUSED = 0, -1
 class WorkerHost(Protocol):
     """The host of one process, and its worker."""
 
+    process: int
     node: str
     """Name or address of the host, for messages."""
 

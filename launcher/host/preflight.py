@@ -44,7 +44,6 @@ class PreflightRequest:
 class PreflightReport:
     problems: list[str]
     """What the user must mend on this host."""
-    time: float
     fingerprint: dict[str, Any]
     """Code and packages, which must be the same on all hosts."""
     ports: list[int]
@@ -59,7 +58,7 @@ def run_checks(folder: Path, request: PreflightRequest) -> PreflightReport:
     end_previous(folder)
     problems = [*_chip_problems(plan), *_path_problems(plan), *_bucket_problems(plan, request.process)]
     ports = [port for port in request.ports if _reaches(request.address, port)]
-    return PreflightReport(problems, time.time(), fingerprint(), ports, metadata.eviction_notice() or "")
+    return PreflightReport(problems, fingerprint(), ports, metadata.eviction_notice() or "")
 
 
 def _chip_problems(plan: Plan, dev: Path = Path("/dev")) -> list[str]:
@@ -70,9 +69,8 @@ def _chip_problems(plan: Plan, dev: Path = Path("/dev")) -> list[str]:
     assert plan.submission is not None
     expected = parse_tpu(plan.submission["accelerator"])[0].chips_per_vm
     if len(chips) != expected:
-        return [
-            f"{len(chips)} TPU chips are visible, the plan has {expected}: delete this TPU, and create another"
-        ]
+        problem = f"{len(chips)} TPU chips are visible, the plan has {expected}"
+        return [f"{problem}: delete this TPU, and create another"]
     if users := processes_using(chips):
         return [f"its TPU chips are in use by {', '.join(users)}: end that, or use another TPU"]
     # A killed process leaves the file behind, and libtpu would refuse to start
@@ -132,7 +130,3 @@ def main() -> None:
     print(json.dumps(asdict(report)), flush=True)
     if listening:
         sys.stdin.read()
-
-
-if __name__ == "__main__":
-    main()

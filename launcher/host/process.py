@@ -38,9 +38,7 @@ def worker_environment(plan: Plan, process: int, coordinator: str) -> dict[str, 
     return environment
 
 
-def start_worker(
-    run: RunDirectory, attempt: int, environment: Mapping[str, str]
-) -> "subprocess.Popen[bytes]":
+def start_worker(run: RunDirectory, attempt: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a worker in a session of its own, which writes to its log in `run`.
 
     The worker ends when the standard input that this process holds is closed.

@@ -36,7 +36,7 @@ class SlurmTaskHost:
 
     def __init__(self, task: SlurmTask, run: RunDirectory):
         self._task, self._run = task, run
-        self.node = task.node
+        self.process, self.node = task.process, task.node
         self._lock = threading.RLock()  # a signal handler may find its own thread holding the lock
         self._worker: subprocess.Popen[bytes] | None = None
         self._stopped = False
@@ -45,7 +45,7 @@ class SlurmTaskHost:
     def rendezvous(self, attempt: int | None) -> tuple[int, str]:
         if attempt is not None:
             self._check_visible(attempt)
-        if self._task.process:
+        if self.process:
             return self._wait_for_process_0()
         assert attempt is not None
         host = address(self.node, self._task.nodes, os.environ.get(INTERFACE))
@@ -58,7 +58,7 @@ class SlurmTaskHost:
     def start(self, plan: Plan, attempt: int, coordinator: str) -> None:
         environment = {
             **_network_environment(),
-            **worker_environment(plan, self._task.process, coordinator),
+            **worker_environment(plan, self.process, coordinator),
             **device_environment(plan, self._task, num_nvidia_gpus()),
         }
         with self._lock:
@@ -198,7 +198,3 @@ def main() -> None:
         reports.send(exit=code, error=error)
     finally:
         os._exit(shell_exit_code(code))  # at once: the other threads never end
-
-
-if __name__ == "__main__":
-    main()

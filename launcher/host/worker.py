@@ -50,10 +50,9 @@ def membership() -> Membership:
     if values == [None, None, None]:
         return Membership(None, 1, 0)
     coordinator, processes, process = (value or "" for value in values)
-    missing = [name for name, value in zip(names, values, strict=True) if not value]
-    if missing:
+    if missing := [name for name, value in zip(names, values, strict=True) if not value]:
         raise UserError(
-            f"{', '.join(missing)} not set, but others of {', '.join(names)} are: set all or none"
+            f"{', '.join(missing)} not set, but the others of {', '.join(names)} are: set all or none"
         )
     if not (process.isdecimal() and processes.isdecimal() and int(process) < int(processes)):
         raise UserError(
@@ -241,7 +240,3 @@ def _verify(plan: Plan, jax: Any) -> None:
             f"{plan.devices_per_process} and {plan.platform}. Choose the --cluster that this machine is, or mend jax's "
             "installation"
         )
-
-
-if __name__ == "__main__":
-    main()

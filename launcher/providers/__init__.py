@@ -107,6 +107,3 @@ class Provider(Protocol):
 
     def list_labelled(self, label: str) -> list[Resource]:
         """Resources that have the label, in all zones. A request and its nodes count as one."""
-
-    def zones_with(self, accelerator_type: str) -> list[str]:
-        """Zones that offer an accelerator type."""

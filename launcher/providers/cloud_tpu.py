@@ -262,9 +262,7 @@ def _gcloud_settings() -> configparser.ConfigParser:
     try:
         settings.read(file)
     except (configparser.Error, UnicodeDecodeError) as e:
-        raise UserError(
-            f"{file}: cannot be read: {' '.join(str(e).split())}; mend it with gcloud config"
-        ) from None
+        raise UserError(f"{file}: cannot be read: {_one_line(str(e))}; mend it with gcloud config") from None
     return settings
 
 

@@ -146,7 +146,7 @@ class Follower:
         return time.time() - self._attempt.run.hosts.report(process).get("time", 0.0) < REPORT_SECONDS
 
 
-def _send(channel: "subprocess.Popen[bytes]", command: bytes) -> None:
+def _send(channel: subprocess.Popen[bytes], command: bytes) -> None:
     assert channel.stdin is not None
     with contextlib.suppress(OSError):  # the connection has ended
         channel.stdin.write(command)

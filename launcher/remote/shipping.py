@@ -1,4 +1,4 @@
-"""The code for hosts without a shared disk: an archive, and the part of it that a host lacks.
+"""The code for hosts without a shared disk: an archive, and the part of it that is missing on a host.
 
 The archive is kept with the run, so that any machine can resume the run after the working tree has changed.
 """
@@ -72,18 +72,14 @@ class CodeArchive:
         return digest({name: content for name, (_, content) in self._contents.items()})
 
     @property
-    def num_bytes(self) -> int:
-        return sum(len(content) for _, content in self._contents.values())
-
-    @property
     def has_environment(self) -> bool:
         """Whether the archive has the files from which a host makes its Python."""
         return {LOCK, SETUP} <= self.digests.keys()
 
     def delta(self, present: dict[str, str]) -> bytes | None:
-        """A tar of the files that a host lacks, which has files of the digests `present`; None where it lacks none."""
-        lacks = [name for name, digest in self.digests.items() if present.get(name) != digest]
-        if not lacks and present.keys() - {MANIFEST} == self.digests.keys():
+        """A tar of the files that a host is missing; None where it has all. `present`: the digests of what it has."""
+        missing = [name for name, digest in self.digests.items() if present.get(name) != digest]
+        if not missing and present.keys() - {MANIFEST} == self.digests.keys():
             return None
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=6) as tar:
@@ -91,7 +87,7 @@ class CodeArchive:
             entry = tarfile.TarInfo(MANIFEST)
             entry.size = len(listing)
             tar.addfile(entry, io.BytesIO(listing))
-            for name in lacks:
+            for name in missing:
                 entry, content = self._contents[name]
                 tar.addfile(entry, io.BytesIO(content))
         return packed.getvalue()

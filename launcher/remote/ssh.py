@@ -115,7 +115,7 @@ class Ssh:
                 raise self.error(process, f"not reached by ssh in {seconds:.0f} s: {message}")
             time.sleep(RETRY_SECONDS)  # a VM that was just created refuses connections for a while
 
-    def open(self, process: int, *remote: str) -> "subprocess.Popen[bytes]":
+    def open(self, process: int, *remote: str) -> subprocess.Popen[bytes]:
         """A command on a host, with pipes to it."""
         return subprocess.Popen(
             self.command(process, *remote),

@@ -195,7 +195,6 @@ def test_host_0_answers_and_listens_until_its_standard_input_ends(rehearsal, tmp
         first = json.loads(host_0.stdout.readline())
         assert first["problems"] == []
         assert first["fingerprint"] == fingerprint()
-        assert abs(first["time"] - time.time()) < 5
         with reserve_port("127.0.0.1") as held:
             closed = held.getsockname()[1]
         other = run_checks(tmp_path, request_for(tmp_path, rehearsal, 1, ports=[*first["ports"], closed]))
