@@ -54,7 +54,7 @@ def resolve(name: str, sbatch: tuple[str, ...] = (), settings: tuple[str, ...] =
     elif settings:
         raise UserError(f"--set {settings[0]}: cluster {name} has no settings; see `launch clusters`")
     if sbatch:
-        raise UserError(f"--sbatch {sbatch[0]}: cluster {name} is no SLURM cluster; see `launch clusters`")
+        raise UserError(f"--sbatch {sbatch[0]}: cluster {name} is not a SLURM cluster; see `launch clusters`")
     return spec
 
 
@@ -90,7 +90,7 @@ def _cluster(name: str) -> SlurmCluster | TpuCluster:
     examples = ["local-2", "local-4", CPU_DEFAULT, "slurm-2x1", "slurm-4x8", "tpu-v4-32"]
     raise UserError(
         f"cluster = {name}: unknown{nearest(name, [*KINDS, *examples, *found])} "
-        f"(there are: {', '.join([*KINDS, *found])}; a NAME stands in {' or '.join(map(str, files()))})"
+        f"(there are: {', '.join([*KINDS, *found])}; a NAME is defined in {' or '.join(map(str, files()))})"
     )
 
 
@@ -134,7 +134,7 @@ def _from_allocation(environment: Mapping[str, str]) -> ClusterSpec:
     """The SLURM job in which `launch` was typed: all its nodes and GPUs."""
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError(
-            "this is one of several tasks of a SLURM step, and each would launch all of them; type "
+            "`launch` was started by several tasks of a SLURM step, and each task would start a run; call "
             "`launch` in the batch script, or `srun … launch worker CONFIG`"
         )
     nodes = int(environment["SLURM_JOB_NUM_NODES"])

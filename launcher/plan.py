@@ -164,21 +164,21 @@ def _place_problems(config: RunConfig, cluster: ClusterSpec) -> list[str]:
     checkpoints = config.checkpoint.directory
     places = {"checkpoint.directory": checkpoints, "log.tensorboard": config.log.tensorboard}
     problems = [
-        f"{key} = {place}: the hosts of cluster {cluster.name} do not see this machine's folders; name a place "
+        f"{key} = {place}: the hosts of cluster {cluster.name} cannot access this machine's folders; choose a place "
         "under gs://, or leave it out"
         for key, place in places.items()
         if cluster.backend == "tpu" and place is not None and "://" not in place
     ]
     if checkpoints is not None and "://" in checkpoints and not checkpoints.startswith("gs://"):
         where = f"checkpoint.directory = {checkpoints}"
-        problems.append(f"{where}: checkpoints go to a folder or to gs://bucket/prefix")
+        problems.append(f"{where}: must be a folder or gs://bucket/prefix")
     return problems
 
 
 def _root_problems(root: str, cluster: ClusterSpec) -> list[str]:
     if cluster.backend == "tpu" and not root.startswith("gs://"):
         return [
-            f"--root {root}: the hosts of cluster {cluster.name} do not see this machine's folders; give --root "
+            f"--root {root}: the hosts of cluster {cluster.name} cannot access this machine's folders; give --root "
             "gs://bucket/prefix, or set LAUNCH_ROOT"
         ]
     if cluster.backend != "tpu" and root.startswith("gs://"):
@@ -195,7 +195,7 @@ def _submission_problems(cluster: ClusterSpec) -> list[str]:
         return []
     return [
         f'time = {job.time} of cluster "{cluster.name}" is not above its save_minutes = {job.save_minutes:g}, '
-        "the minutes before the limit at which the run begins to save; ask for more time, or lower save_minutes"
+        "so no time would be left to train before the run begins to save; raise time, or lower save_minutes"
     ]
 
 
@@ -213,7 +213,7 @@ def _mesh(mesh: MeshConfig, cluster: ClusterSpec) -> dict[str, int]:
     if mesh.batch * mesh.model != devices:
         raise UserError(
             f"mesh.batch = {mesh.batch} × mesh.model = {mesh.model} needs {mesh.batch * mesh.model} devices; "
-            f"{where}. Set mesh.batch=-1 to use all that model leaves, or choose another cluster"
+            f"{where}. Set mesh.batch=-1 to use all remaining devices, or choose another cluster"
         )
     return {"batch": mesh.batch, "model": mesh.model}
 
@@ -223,7 +223,7 @@ def _batch_problems(config: RunConfig, mesh: dict[str, int]) -> list[str]:
     if batch % shards:
         below = batch // shards * shards
         nearest = f"{below} or {below + shards}" if below else shards
-        message = f"train.batch_size = {batch} does not divide over mesh.batch = {shards} devices"
+        message = f"train.batch_size = {batch} is not divisible by mesh.batch = {shards} devices"
         return [f"{message}; nearest: {nearest}"]
     per_device = batch // shards
     if per_device % accumulate:

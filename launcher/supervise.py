@@ -114,7 +114,7 @@ def supervise(
                 verdict = "preempted"
                 break
         again = f" (restart {restarts} of {plan.max_restarts})" if verdict == "failed" else ""
-        reason = describe_failure(failure) if failure else "the hosts are taken away"
+        reason = describe_failure(failure) if failure else "the hosts were preempted"
         announce(f"{reason}\nattempt {number + 1} from step {attempt['kept_step']}{again}")
     if verdict == "preempted" and _is_fruitless(run.attempts.of_launch()):
         count = f"{MAX_FRUITLESS_ATTEMPTS} attempts in a row"

@@ -98,7 +98,7 @@ def submit(plan: Plan, run: RunDirectory) -> str:
     if done.returncode:
         raise UserError(
             f"cluster = {plan.cluster}: SLURM refuses the job: {commands.message(done.stderr)}; "
-            "mend the cluster's settings, or give others with --sbatch option=value"
+            "correct the cluster's settings, or override them with --sbatch option=value"
         )
     write_atomically(run.path / "job.sbatch", script)
     return done.stdout.strip().partition(";")[0]
@@ -131,13 +131,13 @@ def _check_partition(name: str, cluster: SlurmCluster) -> None:
     if cluster.time and seconds(cluster.time) > limit:
         raise UserError(
             f"cluster = {name}: time = {cluster.time} is above the limit of partition {names}, {', '.join(limits)}; "
-            "the run goes on in the next job, so ask for less"
+            "set a lower time: the run continues in the next job"
         )
     default_limit = min(limit, max(map(commands.limit_seconds, defaults)))
     if not cluster.time and default_limit <= 60 * cluster.save_minutes:
         raise UserError(
             f"cluster = {name}: partition {names} gives a job {default_limit / 60:g} minutes, not above save_minutes = "
-            f"{cluster.save_minutes:g}, those before the limit at which the run begins to save; set time, "
+            f"{cluster.save_minutes:g}, the minutes before the limit at which the run begins to save; set time, "
             "or lower save_minutes"
         )
 
@@ -188,7 +188,7 @@ def _final_state(run: RunDirectory, job: str, status: str, description: str) -> 
     if recorded.status == "preempted":
         return recorded
     if run.attempts.last() == 0:
-        description += f"; was {run.path} visible there?"
+        description += f"; check that {run.path} is visible there"
     return State("interrupted", f"job {job} is {description}")
 
 
@@ -210,7 +210,7 @@ def check(plan: Plan) -> None:
     if limit_minutes <= save_minutes:
         raise UserError(
             f"the time limit of job {commands.job_id()} is {limit_minutes:g} minutes, not above the {save_minutes:g} "
-            "before its end at which the run begins to save; give it more time"
+            "before its end at which the run begins to save; raise the time limit"
         )
 
 
@@ -236,21 +236,23 @@ def requeue(plan: Plan, run: RunDirectory) -> str:
     """Have SLURM run this job's script again; a sentence that says what was done."""
     job, fields = commands.job_id(), commands.job_fields(timeout_seconds=commands.CONTROLLER_TIMEOUT_SECONDS)
     if not fields:
-        return f"SLURM does not answer, so job {job} is not requeued; type `launch` again"
+        return f"SLURM does not answer, so job {job} was not requeued; repeat the `launch` command"
     if fields.get("BatchFlag") != "1":
-        return f"job {job} has no script to requeue; type `launch` again"
+        return f"job {job} has no batch script to requeue; repeat the `launch` command"
     if commands.was_requeued(fields):
         done = f"SLURM has requeued job {job}"
     elif fields.get("Requeue") == "1":
         reply = commands.run_until_reachable("scontrol", "requeue", job)
         if reply.returncode:
-            return f"job {job} cannot be requeued: {commands.message(reply.stderr)}; type `launch` again"
+            return (
+                f"job {job} cannot be requeued: {commands.message(reply.stderr)}; repeat the `launch` command"
+            )
         done = f"job {job} is requeued"
     elif plan.submission is None:
-        return f"job {job} may not be requeued; submit it again"
+        return f"job {job} does not allow requeueing; submit it again"
     else:
         run.job.write_id(submit(plan, run))
-        return f"job {job} may not be requeued; job {run.job.id()} is submitted in its place"
+        return f"job {job} does not allow requeueing; submitted job {run.job.id()} instead"
     return done + _exclude_bad_nodes(run, job, fields.get("ExcNodeList", "(null)"))
 
 

@@ -41,7 +41,7 @@ def run_until_reachable(*command: str, timeout_seconds: float = CONTROLLER_TIMEO
 def message(stderr: str) -> str:
     """The message of SLURM in one line."""
     lines = [re.sub(r"^\w+: (error: )?", "", line) for line in stderr.strip().splitlines()]
-    return "; ".join(lines) or "it does not say why"
+    return "; ".join(lines) or "no reason given"
 
 
 def job_id() -> str:

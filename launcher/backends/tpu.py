@@ -76,7 +76,7 @@ def render(plan: Plan) -> str:
 
 def check(plan: Plan) -> None:
     if not shutil.which("ssh"):
-        raise UserError("there is no ssh on this machine; install OpenSSH's client")
+        raise UserError("ssh is not installed on this machine; install the OpenSSH client")
     check_secrets(_cluster(plan))
 
 
@@ -100,7 +100,7 @@ def quote(plan: Plan, run: RunDirectory) -> str | None:
     existing = old.submission["accelerator"] if old and old.submission else cluster.accelerator
     if existing != cluster.accelerator:
         raise UserError(
-            f"{name} is a tpu-{existing}, from an earlier launch of this run; use that, or delete it with "
+            f"{name} is a tpu-{existing}, from an earlier launch of this run; launch with --cluster tpu-{existing}, or delete it with "
             f"`launch gc --delete {name}`"
         )
     return None
@@ -130,7 +130,7 @@ def acquire(plan: Plan, run: RunDirectory) -> None:
     packed = shipping.pack(cluster.max_code_mib)
     if cluster.python is None and not shipping.CodeArchive(packed).has_environment:
         raise UserError(
-            f"the code in {shipping.HOME} has no {shipping.LOCK} to make a Python from on the VMs: launch from a "
+            f"the code in {shipping.HOME} has no {shipping.LOCK} from which to build a Python environment on the VMs: launch from a "
             "checkout, or set the cluster's python to one that has podlaunch's packages"
         )
     provider = _provider(plan)
@@ -253,7 +253,7 @@ def state(run: RunDirectory) -> State:
     try:
         condition = _provider(plan).condition(_name(plan))
     except (UserError, UnreachableError) as e:
-        return State("unknown", f"no launcher looks after it; {e}")
+        return State("unknown", f"no launcher supervises it; {e}")
     if condition.status == "absent" or (_cluster(plan).tpu and not _has_agents(run)):
         return recorded_state(run)
     status = "running" if condition.status == "ready" and _has_agents(run) else "queued"
@@ -277,7 +277,7 @@ def describe(resource: Resource) -> str:
     if resource.condition.status in ("ready", "repairing") and "podlaunch-chips" in labels:
         price = costs.price(labels["podlaunch-generation"], labels["podlaunch-provisioning"])
         cost = costs.cost_so_far(int(labels["podlaunch-chips"]), hours, price)
-    return f"{resource.condition.status}, {cost}, {labels.get('podlaunch-owner', 'of nobody')}'s"
+    return f"{resource.condition.status}, {cost}, owner {labels.get('podlaunch-owner', 'unknown')}"
 
 
 def may_be_deleted(resource: Resource) -> bool:

@@ -24,12 +24,12 @@ def _check_root(ctx: click.Context, param: click.Parameter, value: str) -> str:
         raise UserError("--root '' is empty; give a folder, or gs://bucket/prefix")
     is_other_scheme = "://" in value and not value.startswith("gs://")
     if is_other_scheme or value.startswith("gs:///") or value.strip("/") == "gs:":
-        raise UserError(f"--root {value}: run directories are in a folder or under gs://bucket/prefix")
+        raise UserError(f"--root {value}: must be a folder or gs://bucket/prefix")
     if value.startswith("gs://"):
         # Written in one way only: the id of a run is a digest of its location.
         bucket, *folders = filter(None, value.removeprefix("gs://").split("/"))
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
-            raise UserError(f"--root {value}: {bucket} is no name of a bucket; give gs://bucket/prefix")
+            raise UserError(f"--root {value}: {bucket} is not a valid bucket name; give gs://bucket/prefix")
         return "/".join([f"gs://{bucket}", *folders])
     return value
 
@@ -44,13 +44,13 @@ class Recipe(click.ParamType):
 
         commands = getattr(ctx.find_root().command, "commands", {}) if ctx else {}
         if value in commands:
-            raise UserError(f"{value}: a command comes first, and its options behind it: launch {value} …")
+            raise UserError(f"{value}: a command must come before its options: launch {value} …")
         return recipes.find(value)
 
 
 root_option = click.option(
     "--root", type=str, default=DEFAULT_ROOT, show_default=True, envvar="LAUNCH_ROOT", show_envvar=True,
-    help="Where the run directories are: a folder, for TPUs gs://bucket/prefix.", callback=_check_root,
+    help="Where run directories are stored: a folder, or gs://bucket/prefix (required for TPUs).", callback=_check_root,
 )  # fmt: skip
 
 
@@ -76,21 +76,21 @@ recipe_arguments = _all(
 planning_arguments = _all(
     recipe_arguments,
     click.option(
-        "--cluster", help="Where to run; see `launch clusters`. Default: this SLURM job, or this machine."
+        "--cluster", help="Cluster to run on; see `launch clusters`. Default: this SLURM job if there is one, otherwise this machine."
     ),
     click.option(
         "--sbatch", multiple=True, metavar="OPTION=VALUE",
-        help="An option of sbatch, such as partition=a100, over what the cluster says. As often as needed.",
+        help="Add or override an option of sbatch, such as partition=a100. Can be repeated.",
     ),
     click.option(
         "--set", "settings", multiple=True, metavar="KEY=VALUE",
-        help="A setting of the cluster, such as zone=us-central2-b, over what clusters.yaml says. As often as needed.",
+        help="Override a setting of the cluster, such as zone=us-central2-b. Can be repeated.",
     ),
-    click.option("--tpu", metavar="NAME", help="An existing TPU, instead of creating one."),
-    click.option("--keep", is_flag=True, help="Do not delete the TPUs when the run has ended."),
+    click.option("--tpu", metavar="NAME", help="Use this existing TPU instead of creating one."),
+    click.option("--keep", is_flag=True, help="Keep the TPUs after the run instead of deleting them."),
     click.option(
         "--max-restarts", type=click.IntRange(min=0), default=3, show_default=True,
-        help="How often a failed attempt is tried again from the last checkpoint.",
+        help="Number of times to retry a failed attempt from the last checkpoint.",
     ),
 )  # fmt: skip
 """The arguments of `make_plan`."""
@@ -109,7 +109,7 @@ def make_plan(
         settings += ("keep=true",)
     if cluster is None and (sbatch or settings):
         option = f"--sbatch {sbatch[0]}" if sbatch else f"--set {settings[0]}"
-        raise UserError(f"{option}: without --cluster nothing is submitted; see `launch clusters`")
+        raise UserError(f"{option}: needs --cluster; see `launch clusters`")
     spec = clusters.default_cluster() if cluster is None else clusters.resolve(cluster, sbatch, settings)
     return plan_on(spec, config, overrides, name, root, max_restarts)
 

@@ -65,7 +65,7 @@ def print_result(plan: "Plan", run: "RunDirectory", result: dict[str, Any], *, a
         echo(f"{'checkpoints':<12}{run.checkpoints()} (newest: step {steps[-1]})")
     echo(f"{'look':<12}tensorboard --logdir {shlex.quote(run.tensorboard())}")
     if again and result["status"] != "completed":
-        mend = "mend it, then " if result["failure"] and not result["failure"]["retryable"] else ""
+        mend = "fix the cause, then " if result["failure"] and not result["failure"]["retryable"] else ""
         echo(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
 
 

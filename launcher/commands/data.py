@@ -50,14 +50,16 @@ def check_datasets(config: "RunConfig") -> None:
 
 @click.group(cls=DataCommands)
 def data() -> None:
-    """Bring images: convert, index, verify, inspect, order."""
+    """Prepare and check image datasets."""
 
 
 _POSITIVE, _NOT_NEGATIVE = click.IntRange(min=1), click.IntRange(min=0)
-_jobs = click.option("--jobs", type=_POSITIVE, default=os.cpu_count(), help="Processes. Default: one a core.")
+_jobs = click.option(
+    "--jobs", type=_POSITIVE, default=os.cpu_count(), help="Number of processes. Default: one per core."
+)
 _first_label = click.option(
     "--first-label", type=_NOT_NEGATIVE, default=0, show_default=True,
-    help="The smallest label of SRC, subtracted from all: 1 for the TFRecords of 1,001 classes.",
+    help="Smallest label in SRC, which is subtracted from all labels; 1 for TFRecords with labels 1 to 1,000.",
 )  # fmt: skip
 
 
@@ -69,12 +71,19 @@ _first_label = click.option(
     "--resize", type=click.IntRange(min=8), help="Shrink larger images to this short side in pixels."
 )
 @click.option(
-    "--shard-mib", type=_POSITIVE, default=128, show_default=True, help="Size of a shard, before --resize."
+    "--shard-mib",
+    type=_POSITIVE,
+    default=128,
+    show_default=True,
+    help="Size of each shard in MiB, measured before --resize.",
 )
 @click.option(
-    "--classes", help="Take the class names, and so the labels, of this dataset: that of train for eval."
+    "--classes",
+    help="Use the class names and labels of this dataset; for the held-out split, give the training dataset.",
 )
-@click.option("--seed", type=_NOT_NEGATIVE, default=0, show_default=True, help="Shuffles an imagefolder.")
+@click.option(
+    "--seed", type=_NOT_NEGATIVE, default=0, show_default=True, help="Seed for shuffling an imagefolder."
+)
 @_first_label
 @_jobs
 def convert(
@@ -83,8 +92,8 @@ def convert(
 ) -> None:  # fmt: skip
     """Write the images of SRC as a dataset at DST.
 
-    SRC and DST are folders or gs://bucket/prefix; SRC may end in a pattern, as in data/train-*. Run again, a
-    conversion that was ended goes on. Nothing is a dataset before all of it is there.
+    SRC and DST are folders or gs://bucket/prefix; SRC may end in a pattern, as in data/train-*. An interrupted
+    conversion resumes when the command is repeated. DST is a usable dataset only after the last shard is written.
     """
     from trainer.data.tools import convert as tool
 
@@ -99,14 +108,16 @@ def convert(
 
 @data.command()
 @click.argument("source", metavar="SRC")
-@click.option("--to", "destination", help="Folder or gs:// prefix for the table. Default: beside the shards.")
+@click.option(
+    "--to", "destination", help="Folder or gs:// prefix for the index. Default: next to the shards."
+)
 @_first_label
 @_jobs
 def index(source: str, destination: str | None, first_label: int, jobs: int) -> None:
-    """Make a dataset of the shards at SRC, which stay as they are.
+    """Make the existing shards at SRC a dataset, without changing them.
 
     Shards are ArrayRecord (group_size:1,uncompressed), TFRecord or WebDataset tar. SRC may end in a pattern,
-    as in gs://bucket/imagenet/train-*; then --to says where its table goes.
+    as in gs://bucket/imagenet/train-*; --to is then required.
     """
     from trainer.data.tools.index import index as run
 
@@ -117,12 +128,10 @@ def index(source: str, destination: str | None, first_label: int, jobs: int) -> 
 
 @data.command()
 @click.argument("path")
-@click.option(
-    "--decode/--no-decode", default=True, show_default=True, help="Whether to decode each image, too."
-)
+@click.option("--decode/--no-decode", default=True, show_default=True, help="Also decode each image.")
 @_jobs
 def verify(path: str, decode: bool, jobs: int) -> None:
-    """Read each record of the dataset at PATH, and name those that are damaged."""
+    """Read every record of the dataset at PATH and list the damaged ones."""
     from trainer.data.storage.dataset import open_dataset
     from trainer.data.tools.verify import verify as run
 
@@ -140,11 +149,13 @@ def verify(path: str, decode: bool, jobs: int) -> None:
 @data.command()
 @click.argument("path")
 @click.option(
-    "--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Write a contact sheet, as PNG."
+    "--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Write a contact sheet to this PNG file."
 )
-@click.option("--count", type=_POSITIVE, default=64, show_default=True, help="Images of the contact sheet.")
+@click.option(
+    "--count", type=_POSITIVE, default=64, show_default=True, help="Number of images on the contact sheet."
+)
 def inspect(path: str, sheet: Path | None, count: int) -> None:
-    """What the dataset at PATH holds, and the lines of a recipe for it."""
+    """Summarize the dataset at PATH, and print the lines of a recipe for it."""
     from trainer.data.storage.dataset import open_dataset
     from trainer.data.tools.summary import summarize, write_sheet
 
@@ -161,7 +172,7 @@ def inspect(path: str, sheet: Path | None, count: int) -> None:
     data_report.print_classes(summary.counts, manifest.classes)
     if summary.sorted_by_class:
         click.echo(
-            "order       neighbours share their class, so data.shuffle = blocks would mix poorly: "
+            "order       the dataset is sorted by class, so data.shuffle = blocks would shuffle poorly: "
             "convert the images, or set data.shuffle=global"
         )
     data_report.print_recipe(path, len(dataset), len(summary.counts))
@@ -172,20 +183,24 @@ def inspect(path: str, sheet: Path | None, count: int) -> None:
 @data.command()
 @click.argument("config", type=Recipe())
 @click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
-@click.option("--hosts", type=_POSITIVE, default=1, show_default=True, help="Hosts of the run.")
-@click.option("--host", type=_NOT_NEGATIVE, help="Only what this host reads. Default: all hosts.")
+@click.option("--hosts", type=_POSITIVE, default=1, show_default=True, help="Number of hosts of the run.")
+@click.option("--host", type=_NOT_NEGATIVE, help="Print only the samples of this host. Default: all hosts.")
 @click.option(
-    "--start", type=_NOT_NEGATIVE, default=0, show_default=True, help="First position: images so far."
+    "--start",
+    type=_NOT_NEGATIVE,
+    default=0,
+    show_default=True,
+    help="First position to print, which is the number of images seen before it.",
 )
-@click.option("--count", type=_POSITIVE, default=64, show_default=True, help="Lines.")
+@click.option("--count", type=_POSITIVE, default=64, show_default=True, help="Number of samples to print.")
 def order(
     config: Path, overrides: tuple[str, ...], hosts: int, host: int | None, start: int, count: int
 ) -> None:
-    """The samples that training on CONFIG will see, one a line: POSITION SHARD RECORD LABEL."""
+    """Print the samples in the order of training, one per line: POSITION SHARD RECORD LABEL."""
     from configs.load import load
     from trainer.data.tools.keys import keys
 
     if host is not None and host >= hosts:
-        raise UserError(f"--host {host}: of --hosts {hosts}, hosts are 0 to {hosts - 1}")
+        raise UserError(f"--host {host}: with --hosts {hosts}, must be 0 to {hosts - 1}")
     for key in keys(load(config, overrides), hosts=hosts, host=host, start=start, num_keys=count):
         click.echo(f"{key.position} {key.shard} {key.record} {key.label}")

@@ -37,7 +37,7 @@ def print_classes(counts: Any, classes: tuple[str, ...] | None) -> None:
 
     low, mid, high = int(counts.min()), float(np.median(counts)), int(counts.max())
     each = f"{low:,} images each" if low == high else f"{low:,} to {high:,} images, median {mid:,.0f}"
-    click.echo(f"{'classes':<12}{len(counts):,}, of {each}")
+    click.echo(f"{'classes':<12}{len(counts):,}, {each}")
     order: list[int | None] = [*sorted(range(len(counts)), key=lambda label: (-counts[label], label))]
     if len(order) > 2 * CLASSES_SHOWN:
         order = [*order[:CLASSES_SHOWN], None, *order[-CLASSES_SHOWN:]]

@@ -36,7 +36,7 @@ def train(
 
     job = executor.job_info()["job"]
     if executor.REMOTE and run.is_running():
-        click.echo("waiting     to see whether the launcher that had this run is still there")
+        click.echo("waiting     to check whether the previous launcher of this run is still running")
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.locked())
         if executor.REMOTE and not begin and run.result() is not None:
@@ -65,11 +65,11 @@ def train(
             plan, run, executor, stop_request=stop_request, on_progress=on_progress, announce=progress.print
         )
         if result is None:
-            why = "another launcher has taken it over" if run.is_lost() else "what it has stays there"
+            why = "another launcher has taken it over" if run.is_lost() else "nothing was stopped or deleted"
             progress.print(f"left        {why}; `launch attach {plan.name}` goes on with it")
             return EXIT_DONE if detached else EXIT_SAVED
         if executor.REMOTE:
-            progress.print("deleting what was created")
+            progress.print("deleting the TPUs")
             progress.print(backends.get_remote(plan.backend).release(plan, run))
     console.print_result(plan, run, result, again=begin and not requeue)
     code = exit_code(result)
@@ -138,7 +138,9 @@ def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
         return EXIT_STOPPED
     result = run.result()
     if result is None or result["status"] != state.status:
-        click.echo(f"run {plan.name} is {state}; see {run.location}/logs, and `launch` again to resume")
+        click.echo(
+            f"run {plan.name} is {state}; see {run.location}/logs; repeat the `launch` command to resume"
+        )
         return EXIT_CODES.get(state.status, EXIT_CODES["failed"])
     console.print_result(plan, run, result, again=again)
     return exit_code(result)

@@ -39,7 +39,7 @@ def supervise(directory: Path) -> None:
     with run.locked(timeout_seconds=LOCK_TIMEOUT_SECONDS):
         plan = run.plan()
     if plan is None or plan.submission is None:
-        raise UserError(f"{directory} holds no plan for a SLURM job; see `launch --help`")
+        raise UserError(f"{directory} contains no plan for a SLURM job; submit one with `launch --cluster`")
     backend = backends.get(plan.backend)
     backend.check(plan)
     sys.exit(execution.train(plan, run, backend, requeue=True, begin=False))
@@ -48,7 +48,7 @@ def supervise(directory: Path) -> None:
 @click.command()
 @recipe_arguments
 def worker(config: Path, overrides: tuple[str, ...], name: str | None, root: str) -> None:
-    """Be one process of a run: srun … launch worker CONFIG, or on each VM of a TPU slice."""
+    """Run one process of a run that you start yourself: by srun, or on each VM of a TPU slice."""
     from launcher import backends
     from launcher.host.external import REFUSED, ExternalExecutor, start_worker_on
     from launcher.host.process import shell_exit_code
@@ -94,9 +94,11 @@ def _worker_here(
     vm = metadata.tpu_worker()
     if vm is None:
         raise UserError(
-            "launch worker: this is no task of a SLURM step and no TPU VM; type `launch CONFIG`, or srun before it"
+            "launch worker: neither in a SLURM step nor on a TPU VM; run `launch CONFIG`, or `srun … launch worker CONFIG`"
         )
     if not root.startswith("gs://"):
-        raise UserError(f"--root {root}: the VMs of a slice share no folder; give --root gs://bucket/prefix")
+        raise UserError(
+            f"--root {root}: the VMs of a slice do not share a file system; give --root gs://bucket/prefix"
+        )
     run = RunDirectory(f"{root}/{name}")
     return TpuVmHost(vm, run), run, clusters.from_tpu_worker(vm), lambda: "preempted"

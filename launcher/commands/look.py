@@ -17,7 +17,7 @@ from launcher.commands.runs import backend_of, find_run, is_remote, plan_of, sta
 @click.argument("name", required=False)
 @root_option
 def status(name: str | None, root: str) -> None:
-    """How a run stands; without NAME, the one launched last."""
+    """Show the state of a run; without NAME, of the last one launched."""
     from launcher.supervise import describe_failure
 
     run = find_run(root, name)
@@ -26,7 +26,7 @@ def status(name: str | None, root: str) -> None:
     click.echo(f"directory   {run.location}")
     if report:
         click.echo(f"progress    {console.progress_text(plan_of(run), report)}")
-        click.echo(f"last word   {time.time() - report['time']:.0f} s ago, {report.get('phase')}")
+        click.echo(f"last report {time.time() - report['time']:.0f} s ago, {report.get('phase')}")
     click.echo(f"checkpoints {', '.join(map(str, run.checkpoint_steps())) or 'none yet'}")
     for a in run.attempts.all():
         job = f", job {a['job']}" if a.get("job") else ""
@@ -42,7 +42,7 @@ def status(name: str | None, root: str) -> None:
 @click.argument("name", required=False)
 @root_option
 def attach(name: str | None, root: str) -> None:
-    """Follow a run that goes on elsewhere, and look after it where nobody does."""
+    """Follow a run that was launched elsewhere; supervise it if no other launcher does."""
     from launcher.rundir import RunHeldError
 
     run = find_run(root, name)
@@ -55,11 +55,11 @@ def attach(name: str | None, root: str) -> None:
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on as lines are written, until the run ends.")
-@click.option("--host", type=click.IntRange(min=0), help="Only this host.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new lines until the run ends.")
+@click.option("--host", type=click.IntRange(min=0), help="Print only the log of this host.")
 @root_option
 def logs(name: str | None, follow: bool, host: int | None, root: str) -> None:
-    """Logs of the newest attempt, each line with its host."""
+    """Print the logs of the newest attempt, each line with its host."""
     run = find_run(root, name)
     processes = plan_of(run).processes
     if host is not None and host >= processes:
@@ -76,7 +76,7 @@ def logs(name: str | None, follow: bool, host: int | None, root: str) -> None:
 @click.command("list")
 @root_option
 def list_runs(root: str) -> None:
-    """All runs, the one launched last first."""
+    """List all runs, the most recently launched first."""
     from launcher import rundir
 
     found = rundir.list_runs(root)
@@ -91,7 +91,7 @@ def list_runs(root: str) -> None:
 @click.argument("name", required=False)
 @root_option
 def tensorboard(name: str | None, root: str) -> None:
-    """Open TensorBoard on one run, or on all of --root."""
+    """Open TensorBoard for the run NAME, or for all runs in --root."""
     run = find_run(root, name)
     logdir = root if name is None else run.tensorboard()
     os.execvp(sys.executable, [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", logdir])

@@ -47,12 +47,12 @@ def main() -> None:
     """Train a ResNet with JAX on whatever machines you have.
 
     \b
-    launch quickstart                                 here and now, two processes
+    launch quickstart                                 on this machine, two processes
     launch --cluster local-4 CONFIG train.epochs=5    four processes, one setting changed
     launch --cluster slurm-4x8 CONFIG                 a SLURM job of 4 nodes with 8 GPUs each
     launch --cluster tpu-v4-32 CONFIG                 a Cloud TPU slice, created and deleted
 
-    `run` may be left out. CONFIG is a recipe file, or the name of one that comes with podlaunch.
+    The word `run` is optional. CONFIG is a recipe file, or the name of a recipe that comes with podlaunch.
     """
 
 

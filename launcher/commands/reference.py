@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("kind", required=False)
 def clusters(kind: str | None) -> None:
-    """The clusters that --cluster knows; with KIND = tpu, the slices of Cloud TPUs."""
+    """List the values of --cluster; with KIND = tpu, all Cloud TPU slices."""
     from configs.clusters import named_clusters
     from launcher.clusters import KINDS, default_cluster, from_settings
 
@@ -51,14 +51,15 @@ def _print_tpus() -> None:
             hbm, devices = generation.hbm_gib, tpu.vms * tpu.devices_per_vm
             click.echo(row(name, tpu.topology, tpu.chips, tpu.vms, hbm, devices, generation.runtime))
     in_cores = ", ".join(g.name for g in GENERATIONS.values() if g.counts == "cores")
-    click.echo(f"A size counts cores, two a chip, on {in_cores}, and chips on the others.")
-    click.echo("A topology may stand for it, as in tpu-v4-2x2x4; xN behind either is N slices.")
+    click.echo(f"The size in a name is the number of cores (two per chip) for {in_cores},")
+    click.echo("and the number of chips for the others. A topology can replace the size,")
+    click.echo("as in tpu-v4-2x2x4. A suffix xN, as in tpu-v4-32x2, requests N slices.")
 
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
 def schema(file: Path | None) -> None:
-    """JSON schema of recipes, for editors."""
+    """Print the JSON schema of recipes, or write it to FILE, for editors."""
     from configs.schema import json_schema
 
     text = json.dumps(json_schema(), indent=2) + "\n"

@@ -17,15 +17,25 @@ from launcher.commands.runs import check_can_resume, check_not_in_another_job, i
 @planning_arguments
 @click.option("--dry-run", is_flag=True, help="Print the plan and the commands, and stop.")
 @click.option(
-    "--yes", is_flag=True, help="Do not ask before creating TPUs, or going on with changed settings."
+    "--yes",
+    is_flag=True,
+    help="Do not ask for confirmation before creating TPUs or resuming with changed settings.",
 )
-@click.option("--detach", is_flag=True, help="Do not follow the job, or the workers once they have begun.")
-@click.option("--requeue", is_flag=True, help="In a batch script: saved and not yet done, requeue the job.")
+@click.option(
+    "--detach",
+    is_flag=True,
+    help="Return after submitting the job or, on TPUs, after the workers have started.",
+)
+@click.option(
+    "--requeue",
+    is_flag=True,
+    help="In a batch script: requeue the job if the run has saved but is not finished.",
+)
 def run(
     config: Path, overrides: tuple[str, ...], dry_run: bool, yes: bool, detach: bool, requeue: bool,
     **planning: Any,
 ) -> None:  # fmt: skip
-    """Train CONFIG, or go on with it where it was left."""
+    """Train CONFIG, or resume it from its last checkpoint."""
     from launcher import backends
     from launcher.rundir import RunDirectory
 
@@ -34,9 +44,11 @@ def run(
     if backend.REMOTE:
         plan = backends.get_remote(plan.backend).resolve(plan)
     if requeue and (backend.job_info()["job"] is None or plan.submission is not None):
-        raise UserError("--requeue belongs into the batch script of a SLURM job, without --cluster")
+        raise UserError("--requeue only works in the batch script of a SLURM job, without --cluster")
     if detach and plan.submission is None:
-        raise UserError(f"--detach: cluster {plan.cluster} has no queue; its processes end with `launch`")
+        raise UserError(
+            f"--detach: cluster {plan.cluster} has no queue, and its processes end when `launch` ends; leave out --detach"
+        )
     if dry_run:
         console.print_plan(plan)
         click.echo(backend.render(plan))
@@ -48,7 +60,7 @@ def run(
         return
     if changes and backend.REMOTE and (state := state_of(directory)).is_active:
         raise UserError(
-            f"run {plan.name} is {state}, with other settings ({'; '.join(changes)}): go on with `launch attach "
+            f"run {plan.name} is {state}, and was launched with other settings ({'; '.join(changes)}): go on with `launch attach "
             f"{plan.name}`, or end it first with `launch stop {plan.name}`"
         )
     if plan.config["data"]["source"] == "records" and plan.submission is None:
@@ -57,7 +69,7 @@ def run(
     for change in changes:
         click.echo(f"changed     {change}")
     if changes and not yes and sys.stdin.isatty():
-        click.confirm("Go on with this run?", default=True, abort=True)
+        click.confirm("Resume this run?", default=True, abort=True)
     if plan.submission is None or backend.REMOTE:
         backend.check(plan)
         begin = not (requeue and directory.job.id() == backend.job_info()["job"])
@@ -70,9 +82,14 @@ def run(
 
 @click.command("plan")
 @planning_arguments
-@click.option("--json", "as_json", is_flag=True, help="The plan as JSON, as a run would keep it.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the plan as JSON, as plan.json of the run would contain it.",
+)
 def show_plan(config: Path, overrides: tuple[str, ...], as_json: bool, **planning: Any) -> None:
-    """Show what `run` would do, and check all of it."""
+    """Show what `run` would do, and check that it is possible."""
     plan = make_plan(config, overrides, **planning)
     if as_json:
         click.echo(plan.to_json())

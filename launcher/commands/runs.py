@@ -85,7 +85,7 @@ def check_not_in_another_job(run: "RunDirectory") -> None:
     if run.job.id() != backend_of(run).job_info()["job"] and state.is_active:
         raise UserError(
             f"run {run.name} is {state.status} in job {run.job.id()}: follow it with `launch attach "
-            f"{run.name}`, end it with `launch stop {run.name}`, or begin another with --name"
+            f"{run.name}`, stop it with `launch stop {run.name}`, or start another run with --name"
         )
 
 
@@ -95,18 +95,18 @@ def check_can_resume(plan: "Plan", run: "RunDirectory") -> list[str]:
 
     old = run.plan()
     if old is None and run.has_foreign_files():
-        raise UserError(f"{run.location} is not empty and holds no run; choose another --name or --root")
+        raise UserError(f"{run.location} is not empty and contains no run; choose another --name or --root")
     changed = differences(old, plan) if old else []
     steps = _checkpoints_to_resume(old, plan, run)
     if changed and steps:  # before the first checkpoint there is nothing to resume
         raise UserError(
             f"run {plan.name} was started with other settings ({'; '.join(changed)}): "
-            f"undo them to resume, or begin another run with --name"
+            f"undo the changes to resume, or start another run with --name"
         )
     if steps and steps[-1] > plan.steps:
         raise UserError(
             f"run {plan.name} is at step {steps[-1]} already, past train.steps = {plan.steps}; "
-            f"train longer, or begin another run with --name"
+            f"raise train.epochs or train.steps, or start another run with --name"
         )
     if old is None:
         return []
@@ -130,7 +130,7 @@ def _checkpoints_to_resume(old: "Plan | None", plan: "Plan", run: "RunDirectory"
             some = f"only up to step {steps[-1]}" if steps else "none"
             raise UserError(
                 f"run {plan.name} has checkpoints up to step {old_steps[-1]} in {before}, and {some} in {now}: "
-                "copy them there, or undo the change of checkpoint.directory"
+                "copy the checkpoints to the new place, or undo the change of checkpoint.directory"
             )
     return steps
 
@@ -140,6 +140,8 @@ def is_complete(plan: "Plan", run: "RunDirectory") -> bool:
     result = run.result()
     if result is None or result["status"] != "completed" or result["step"] < plan.steps:
         return False
-    click.echo(f"run {plan.name} is complete; begin another with --name, or train longer with train.epochs=…")
+    click.echo(
+        f"run {plan.name} is complete; start another run with --name, or train longer with train.epochs=…"
+    )
     console.print_result(plan, run, result)
     return True

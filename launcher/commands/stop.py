@@ -16,7 +16,7 @@ from launcher.commands.runs import backend_of, find_run, is_remote, plan_of, sta
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the save.")
 @root_option
 def stop(name: str | None, timeout: float, root: str) -> None:
-    """Have a run save and end; one that waits in a queue leaves it."""
+    """Let a running run save and stop; cancel a queued one."""
     from launcher import backends
     from launcher.rundir import RunHeldError
     from launcher.supervise import write_result

@@ -12,10 +12,10 @@ from launcher.commands.runs import find_run, is_remote, plan_of
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
 @click.argument("name")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.option("--host", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--host", type=click.IntRange(min=0), default=0, show_default=True, help="Host to connect to.")
 @root_option
 def ssh(name: str, command: tuple[str, ...], host: int, root: str) -> None:
-    """A shell on a TPU VM of a run, or a command there."""
+    """Open a shell on a TPU VM of a run, or run COMMAND there."""
     from launcher import backends
 
     run = find_run(root, name)
@@ -29,21 +29,26 @@ def ssh(name: str, command: tuple[str, ...], host: int, root: str) -> None:
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--project", help="Google Cloud project. Default: as gcloud has it.")
-@click.option("--delete", "delete", is_flag=True, help="Delete NAMES, or all of yours whose run is over.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--project", help="Google Cloud project. Default: gcloud's project.")
+@click.option(
+    "--delete",
+    "delete",
+    is_flag=True,
+    help="Delete NAMES; without NAMES, all TPUs that you created and whose run has ended.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def gc(names: tuple[str, ...], project: str | None, delete: bool, yes: bool) -> None:
-    """TPUs that podlaunch has created and that are still there, with their age and cost."""
+    """List, and with --delete delete, the TPUs that podlaunch created, with their age and cost."""
     from launcher.backends import tpu
 
     leftovers = tpu.leftovers(project)
     unknown = set(names) - {resource.name for resource in leftovers}
     if unknown:
         listed = ", ".join(sorted(unknown))
-        raise UserError(f"{listed}: not among what podlaunch created here; see `launch gc`")
+        raise UserError(f"{listed}: not a TPU that podlaunch created in this project; see `launch gc`")
     chosen = [resource for resource in leftovers if not names or resource.name in names]
     if not chosen:
-        click.echo("nothing that podlaunch created is left")
+        click.echo("no TPUs that podlaunch created exist")
     for resource in chosen:
         kind = resource.accelerator_type
         click.echo(f"{resource.name:<40} {resource.zone:<16} {kind:<14} {tpu.describe(resource)}")
@@ -54,10 +59,12 @@ def gc(names: tuple[str, ...], project: str | None, delete: bool, yes: bool) -> 
     for resource in chosen:
         if resource not in to_delete:
             left = f"left        {resource.name}"
-            click.echo(f"{left}: it is in use, or not yours; name it to delete it all the same")
+            click.echo(f"{left}: in use, or created by another user; give its name to delete it anyway")
     if to_delete and not yes:
         if not sys.stdin.isatty():
-            raise UserError("--delete asks first, and there is nobody to ask; say --yes")
+            raise UserError(
+                "--delete asks for confirmation, and standard input is not a terminal; add --yes to delete without asking"
+            )
         click.confirm(f"Delete {', '.join(resource.name for resource in to_delete)}?", abort=True)
     for resource in to_delete:
         tpu.delete(project, resource)

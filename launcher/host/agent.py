@@ -181,7 +181,7 @@ def _start(folder: Path) -> None:
     while not journal.exists():
         if agent.poll() is not None or time.monotonic() > deadline:
             lines = (folder / "agent.log").read_text(errors="replace").strip().splitlines()
-            raise UserError(f"its agent does not start: {lines[-1] if lines else 'it does not say why'}")
+            raise UserError(f"its agent did not start: {lines[-1] if lines else 'it does not say why'}")
         time.sleep(POLL_SECONDS)
 
 

@@ -72,7 +72,7 @@ def _chip_problems(plan: Plan, dev: Path = Path("/dev")) -> list[str]:
         problem = f"{len(chips)} TPU chips are visible, the plan has {expected}"
         return [f"{problem}: delete this TPU, and create another"]
     if users := processes_using(chips):
-        return [f"its TPU chips are in use by {', '.join(users)}: end that, or use another TPU"]
+        return [f"its TPU chips are in use by {', '.join(users)}: stop these processes, or use another TPU"]
     # A killed process leaves the file behind, and libtpu would refuse to start
     # (https://github.com/jax-ml/jax/issues/10192).
     with contextlib.suppress(OSError):
@@ -84,7 +84,7 @@ def _path_problems(plan: Plan) -> list[str]:
     data = plan.config["data"]
     paths = {f"data.{split}.path": (data.get(split) or {}).get("path") for split in ("train", "eval")}
     return [
-        f"{key} = {path} is not there: put the data under gs://, or on each VM"
+        f"{key} = {path} does not exist: put the data under gs://, or copy it to each VM"
         for key, path in paths.items()
         if path and "://" not in path and not Path(path).exists()
     ]

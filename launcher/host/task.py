@@ -121,7 +121,7 @@ class SlurmTaskHost:
                 return attempt, coordinator
             time.sleep(POLL_SECONDS)
         raise UserError(
-            f"{self.node} has heard nothing of process 0 in {self._run.path} for {RENDEZVOUS_SECONDS:.0f} s: is "
+            f"{self.node} has received nothing from process 0 through {self._run.path} for {RENDEZVOUS_SECONDS:.0f} s: is "
             f"that the same directory on {self._task.nodes[0]}? It must be on a file system that all nodes share"
         )
 

@@ -117,7 +117,7 @@ class TpuVmHost:
         if self._stopped.is_set():
             return CANCELLED, ""
         raise UserError(
-            f"worker {self._worker.worker} has heard nothing of worker 0 ({self._worker.addresses[0]}) in "
-            f"{self._run.location} for {RENDEZVOUS_SECONDS:.0f} s: start `launch worker` there, too, with the same "
+            f"worker {self._worker.worker} has received nothing from worker 0 ({self._worker.addresses[0]}) in "
+            f"{self._run.location} for {RENDEZVOUS_SECONDS:.0f} s: start `launch worker` there as well, with the same "
             "--root and --name"
         )

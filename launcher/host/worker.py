@@ -56,7 +56,7 @@ def membership() -> Membership:
         )
     if not (process.isdecimal() and processes.isdecimal() and int(process) < int(processes)):
         raise UserError(
-            f"LAUNCH_PROCESS = {process} of LAUNCH_PROCESSES = {processes}: must be a number from 0, below the other"
+            f"LAUNCH_PROCESS = {process} of LAUNCH_PROCESSES = {processes}: must be at least 0 and below LAUNCH_PROCESSES"
         )
     return Membership(coordinator, int(processes), int(process))
 
@@ -225,8 +225,8 @@ def _configure(jax: Any) -> None:
 def _check_code(plan: Plan) -> None:
     if changes := differences(plan.provenance):
         raise UserError(
-            f"{socket.gethostname()} does not have what this run was planned with: {'; '.join(changes)}. Give all hosts "
-            "the same, then `launch` again; a run of days wants a checkout of its own (git worktree)"
+            f"{socket.gethostname()} differs from the machine that planned this run: {'; '.join(changes)}. Give all hosts "
+            "the same code and packages, then repeat the `launch` command. For a long run use a separate checkout (git worktree), so that edits do not affect it"
         )
 
 

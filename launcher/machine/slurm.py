@@ -52,7 +52,7 @@ def current_task(environment: Mapping[str, str] = os.environ) -> SlurmTask | Non
     )
     if task.processes % len(task.nodes):
         raise UserError(
-            f"this SLURM step has {task.processes} tasks on {len(task.nodes)} nodes; give each node as many, "
+            f"this SLURM step has {task.processes} tasks on {len(task.nodes)} nodes; give each node the same number, "
             "with srun --ntasks-per-node"
         )
     return task

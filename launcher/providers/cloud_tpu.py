@@ -69,7 +69,7 @@ class CloudTpu:
                     return
                 raise UserError(
                     f"TPU {request.name}: the name is taken in {self.project}, {self.zone} ({_message(e)}); "
-                    "choose another, or delete what has it"
+                    "choose another --name, or delete the TPU that has it"
                 ) from None
 
     def condition(self, name: str) -> Condition:
@@ -223,7 +223,7 @@ class CloudTpu:
             with suppress(UserError, google.UnreachableError):
                 zones = self.zones_with(request.accelerator_type)
                 if zones and self.zone not in zones:
-                    return f"zone {self.zone} has no {request.accelerator_type}; those that do: {', '.join(zones)}"
+                    return f"zone {self.zone} has no {request.accelerator_type}; zones that have it: {', '.join(zones)}"
         return f"{message}; mend what was asked of project {self.project}, zone {self.zone}"
 
 
@@ -262,7 +262,9 @@ def _gcloud_settings() -> configparser.ConfigParser:
     try:
         settings.read(file)
     except (configparser.Error, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: cannot be read: {_one_line(str(e))}; mend it with gcloud config") from None
+        raise UserError(
+            f"{file}: cannot be read: {_one_line(str(e))}; repair it with `gcloud config`"
+        ) from None
     return settings
 
 

@@ -137,7 +137,7 @@ class Follower:
             if seconds > LOST_SECONDS and not self._reports(process):
                 # A host that Google repairs or restarts is nobody's failure.
                 cause = "lost" if condition.status == "ready" else PREEMPTED
-                error = f"nothing was heard of it for {seconds:.0f} s, and {name} is {condition.status}: "
+                error = f"no report for {seconds:.0f} s, while {name} is {condition.status}: "
                 error += self._last_errors.get(process, "")
                 self._ended(time.time(), Exit(process, 1, self._machines[process].internal, cause, error))
 

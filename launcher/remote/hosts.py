@@ -44,14 +44,14 @@ class Hosts:
                     # A request that failed or expired in the queue would do so again.
                     if self.request is None or has_waited:
                         raise HostError(0, self.name, f"it is {condition}", is_users=True)
-                    attempt.report_phase(f"{self.name} is {condition}: creating it anew", queued=True)
+                    attempt.report_phase(f"{self.name} is {condition}: creating it again", queued=True)
                     self._create(attempt, condition.status)
                 has_waited = has_waited or condition.status in ("waiting", "creating")
                 phase = condition.detail or condition.status
             except UnreachableError as e:
                 phase = str(e)
             except UserError as e:  # others may use up a quota for now, and the user may stop the run
-                phase = f"refused for now: {e}"
+                phase = f"refused, trying again: {e}"
             if phase != shown or poll % 6 == 0:  # about once a minute, so that the time goes on
                 shown = phase
                 attempt.report_phase(f"{phase}, for {time.monotonic() - started:.0f} s", queued=True)

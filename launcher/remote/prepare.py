@@ -31,7 +31,7 @@ def check_secrets(cluster: TpuCluster) -> None:
     missing = [name for name in cluster.secrets if name not in os.environ]
     if missing:
         names = ", ".join(missing)
-        raise UserError(f"secrets = {names}: not in the environment; export what the workers are to get")
+        raise UserError(f"secrets = {names}: not set in the environment of `launch`; export these variables")
 
 
 def remote_program(cluster: TpuCluster, folder: str, python: str, name: str, *arguments: str) -> list[str]:
@@ -61,7 +61,7 @@ class Preparation:
         if len(self._machines) != self._plan.hosts:
             raise UserError(
                 f"{self._name} has {len(self._machines)} VMs; cluster {self._plan.cluster} has {self._plan.hosts}: "
-                "name the cluster that this TPU is"
+                "choose the --cluster that matches this TPU"
             )
         with attempt.timed("ssh"):
             attempt.report_phase(f"reaching {self._plan.hosts} hosts by ssh")
@@ -76,7 +76,7 @@ class Preparation:
             attempt.report_phase("checking the hosts")
             coordinator, notice = self._preflight(folders, pythons)
         if notice:
-            phase = f"not on these hosts: {notice}; waiting for what becomes of them"
+            phase = f"not starting on these hosts: {notice}; waiting until they are gone or available again"
             attempt.report_phase(phase, queued=True)
             return False
         with attempt.timed("start"):
@@ -168,7 +168,7 @@ class Preparation:
         ]
         ports, network = ", ".join(map(str, first["ports"])), self._cluster.network or "default"
         message = (
-            f"it does not reach host 0 at {address}, TCP ports {ports}: let the firewall of network {network}"
+            f"it cannot reach host 0 at {address}, TCP ports {ports}: let the firewall of network {network}"
         )
         raise self._ssh.error(unreached[0], f"{message} pass TCP between the VMs", is_users=True)
 
@@ -202,7 +202,7 @@ class Preparation:
         problems = list(report["problems"])
         if report["fingerprint"] != first["fingerprint"]:
             both = f"{report['fingerprint']}, {first['fingerprint']}"
-            problems.append(f"it has other code or packages than host 0: {both}")
+            problems.append(f"its code or packages differ from those of host 0: {both}")
         if problems:
             raise self._ssh.error(process, "; ".join(problems), is_users=True)
         return report

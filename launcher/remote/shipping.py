@@ -33,7 +33,7 @@ def pack(max_mib: float, home: Path = HOME) -> bytes:
         largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:3]
         raise UserError(
             f"the code in {home} has {total / 2**20:.0f} MiB, above max_code_mib = {max_mib:g}; the largest files are "
-            f"{', '.join(largest)}: have git ignore what the hosts do not need, or raise it"
+            f"{', '.join(largest)}: add files that the hosts do not need to .gitignore, or raise max_code_mib"
         )
     packed = io.BytesIO()
     # Dereferenced: of two hard links, too, each becomes a file.

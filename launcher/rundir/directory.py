@@ -117,7 +117,7 @@ class RunDirectory:
             try:  # around the entry alone: an error of the run itself is another matter
                 stack.enter_context(self._files.locked(timeout_seconds))
             except HeldError as e:
-                by = f", under {e}" if str(e) else ""
+                by = f", supervised by {e}" if str(e) else ""
                 raise RunHeldError(
                     f"run {self.name} is running already{by}; see `launch status {self.name}`, end it with "
                     f"`launch stop {self.name}`, or begin another with --name"

@@ -77,5 +77,5 @@ def test_a_directory_of_another_config_is_refused_with_what_differs(running):
 def test_a_directory_that_holds_no_run_is_refused(run):
     run.path.mkdir(parents=True)
     (run.path / "thesis.tex").touch()
-    assert "is not empty and holds no run" in text_of(run.launch(), code=2)
+    assert "is not empty and contains no run" in text_of(run.launch(), code=2)
     assert [p.name for p in run.path.iterdir()] == ["thesis.tex"]

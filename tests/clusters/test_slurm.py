@@ -371,7 +371,8 @@ def test_node_with_other_code_is_told_before_training(slurm, run):
     finally:
         slurm.on_node("n2", "umount", str(plan))
     assert re.search(
-        r"process 1 on n2 failed \(exit code 2\): n2 does not have what this run was planned with: code", text
+        r"process 1 on n2 failed \(exit code 2\): n2 differs from the machine that planned this run: code",
+        text,
     )
     assert run.checkpoint_steps() == []
 

@@ -93,7 +93,7 @@ def test_options_of_sbatch_come_over_what_the_cluster_has():
         ("slurm-2x1", "p=debug=1 x", None),
         ("slurm-2x1", "Partition=x", "'Partition' is not an option"),
         ("slurm-2x1", "time=soon", "must be minutes"),
-        ("local-2", "time=3", "cluster local-2 is no SLURM cluster"),
+        ("local-2", "time=3", "cluster local-2 is not a SLURM cluster"),
         ("slurm-0x1", "time=3", "0 nodes; allowed: at least 1"),
     ],
 )
@@ -132,7 +132,7 @@ def test_a_login_to_a_node_of_a_job_is_no_allocation(monkeypatch):
 def test_one_of_several_tasks_does_not_launch_them_all(monkeypatch):
     for key, value in (ALLOCATION | {"SLURM_STEP_NUM_TASKS": "4"}).items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(UserError, match=r"each would launch all .*`srun … launch worker CONFIG`"):
+    with pytest.raises(UserError, match=r"each task would start a run.*`srun … launch worker CONFIG`"):
         default_cluster()
 
 
@@ -209,7 +209,7 @@ def test_a_name_of_the_file_goes_before_what_it_would_mean(tmp_path, monkeypatch
 
 
 def test_sbatch_is_for_slurm_alone():
-    with pytest.raises(UserError, match="--sbatch time=3: cluster tpu-v4-8 is no SLURM cluster"):
+    with pytest.raises(UserError, match="--sbatch time=3: cluster tpu-v4-8 is not a SLURM cluster"):
         resolve("tpu-v4-8", ("time=3",))
 
 

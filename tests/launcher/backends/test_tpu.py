@@ -233,7 +233,7 @@ def test_plan_needs_no_project(monkeypatch):
 
 def test_gc_finds_nothing_where_nothing_is(api):
     result = CliRunner().invoke(main, ["gc"])
-    assert (result.exit_code, result.stdout) == (0, "nothing that podlaunch created is left\n")
+    assert (result.exit_code, result.stdout) == (0, "no TPUs that podlaunch created exist\n")
 
 
 def test_gc_knows_names(api):

@@ -91,7 +91,7 @@ def test_inspect_gives_the_lines_of_a_recipe(dataset: Path):
     assert done.stdout.endswith(
         f"\nmodel:\n  num_classes: 3\ndata:\n  train:\n    path: {dataset}\n    num_examples: 30\n"
     )
-    assert "classes     3, of 10 images each\n" in done.stdout
+    assert "classes     3, 10 images each\n" in done.stdout
     assert done.stdout.count("█ 10\n") == 3
     assert "data.shuffle" not in done.stdout
 
@@ -192,7 +192,7 @@ def test_the_order_may_be_asked_for_anywhere(recipe: Path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--hosts", 2, "--host", 2), "hosts are 0 to 1"),
+        (("--hosts", 2, "--host", 2), "must be 0 to 1"),
         (("--hosts", 3), "--hosts 3 does not divide train.batch_size = 8"),
     ],
 )

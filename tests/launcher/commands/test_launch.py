@@ -297,7 +297,7 @@ def test_checkpoints_that_stay_behind_stop_a_run_from_beginning_anew(made, plann
     for name in ("old/20/commit_success.txt", "old/30/state/part"):
         gcs.put(name, b"")
     with pytest.raises(
-        UserError, match=r"up to step 20 in gs://bucket/old, and none in .*new: copy them there"
+        UserError, match=r"up to step 20 in gs://bucket/old, and none in .*new: copy the checkpoints"
     ):
         check_can_resume(moved, run)
     gcs.put("new/20/commit_success.txt", b"")
@@ -317,7 +317,7 @@ def test_bucket_for_checkpoints_is_tried_before_anything_is_started(root, gcs):
         "checkpoint.directory = gs://absent-bucket/r: there is no bucket absent-bucket",
     )
     assert_refused(
-        launch(QUICKSTART, "checkpoint.directory=s3://bucket/r"), "to a folder or to gs://bucket/prefix"
+        launch(QUICKSTART, "checkpoint.directory=s3://bucket/r"), "must be a folder or gs://bucket/prefix"
     )
     assert not root.exists()
 
@@ -336,7 +336,7 @@ def test_two_runs_do_not_share_a_place_for_checkpoints(root, made, planned, gcs)
 def test_folder_that_is_no_run_is_refused_and_left_alone(root):
     (root / "quickstart").mkdir(parents=True)
     (root / "quickstart" / "thesis.txt").touch()
-    assert_refused(launch(QUICKSTART), "is not empty and holds no run", "--name")
+    assert_refused(launch(QUICKSTART), "is not empty and contains no run", "--name")
     assert [path.name for path in (root / "quickstart").iterdir()] == ["thesis.txt"]
 
 
@@ -362,7 +362,7 @@ def test_complete_run_is_shown_not_repeated(made):
     )  # fmt: skip
     result = launch(QUICKSTART)
     assert result.exit_code == 0
-    assert "run quickstart is complete; begin another with --name, or train longer" in result.stdout
+    assert "run quickstart is complete; start another run with --name, or train longer" in result.stdout
     assert "completed   step 90 (epoch 4.008), 1 attempt, 1:01" in result.stdout
     assert "97.50% of 360 held-out images" in result.stdout
     assert f"tensorboard --logdir {run.path}/tensorboard" in result.stdout
@@ -522,13 +522,13 @@ def test_version():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", QUICKSTART, "--requeue"], "--requeue belongs into the batch script of a SLURM job"),
+        (["run", QUICKSTART, "--requeue"], "--requeue only works in the batch script of a SLURM job"),
         (["run", QUICKSTART, "--detach"], "--detach: cluster local-2x2 has no queue"),
         (
             ["run", QUICKSTART, "--sbatch", "time=3"],
-            "--sbatch time=3: without --cluster nothing is submitted",
+            "--sbatch time=3: needs --cluster",
         ),
-        (["worker", QUICKSTART], "launch worker: this is no task of a SLURM step"),
+        (["worker", QUICKSTART], "launch worker: neither in a SLURM step"),
         (["supervise", "/nowhere/run"], "run directory /nowhere/run is not visible on"),
     ],
 )

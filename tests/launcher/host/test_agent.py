@@ -99,7 +99,7 @@ def test_report_and_log_are_complete_in_the_bucket_after_the_worker_ends(order, 
     worker.start()
     assert worker.wait() == 2
     remote = RunDirectory(PLACE)
-    assert "does not have what this run was planned with" in remote.hosts.report(0)["failure"]["error"]
+    assert "differs from the machine that planned this run" in remote.hosts.report(0)["failure"]["error"]
     log = remote.hosts.read_log(1, 0)
     assert log.startswith(b"error: ")
     assert log == RunDirectory(tmp_path / "run").hosts.read_log(1, 0)
@@ -230,7 +230,7 @@ def test_exit_code_is_available_after_the_agent_has_ended(order, folder):
     with watched(folder) as (words, _):
         ended = exit_of(words)
     assert (ended["process"], ended["host"], ended["exit"]) == (0, socket.gethostname(), 2)
-    assert b"planned with" in RunDirectory(PLACE).hosts.read_log(1, 0)
+    assert b"planned this run" in RunDirectory(PLACE).hosts.read_log(1, 0)
 
 
 def test_agent_and_worker_outlive_their_starter_and_watcher_and_obey_stop(order, folder):
@@ -330,4 +330,4 @@ def test_agent_that_cannot_start_says_why_in_one_line(folder):
     done = start(folder, WorkerSpec({"name": "of another podlaunch"}, 1, 0, "127.0.0.1:1"))
     assert done.returncode == 2
     (line,) = done.stderr.decode().splitlines()
-    assert line.startswith("its agent does not start: TypeError: ")
+    assert line.startswith("its agent did not start: TypeError: ")

@@ -116,7 +116,7 @@ def test_data_on_a_disk_must_be_on_each_hosts(plan, tmp_path):
         return dataclasses.replace(plan, config={**plan.config, "data": data})
 
     (problem,) = _path_problems(reading("/nowhere/train"))
-    assert problem.startswith("data.train.path = /nowhere/train is not there: put the data under gs://")
+    assert problem.startswith("data.train.path = /nowhere/train does not exist: put the data under gs://")
     assert _path_problems(reading(str(tmp_path))) == []
     assert _path_problems(reading("gs://bucket/data")) == []
 

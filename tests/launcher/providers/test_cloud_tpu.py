@@ -440,7 +440,7 @@ def test_quota_at_the_end_of_the_operation(tpu, server):
 
 def test_type_that_the_zone_has_not(tpu):
     assert refusal(tpu, replace(REQUEST, accelerator_type="v6e-16")) == (
-        "TPU podlaunch-x: zone us-central2-b has no v6e-16; those that do: us-central1-a, us-east5-a"
+        "TPU podlaunch-x: zone us-central2-b has no v6e-16; zones that have it: us-central1-a, us-east5-a"
     )
 
 

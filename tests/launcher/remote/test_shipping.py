@@ -130,7 +130,7 @@ def test_code_above_the_limit_is_refused_with_its_largest_files(checkout):
     write(checkout / "big.bin", "x" * 2**20)
     write(checkout / "bigger.bin", "x" * 2**21)
     refusal = (
-        r"has 3 MiB, above max_code_mib = 2\.5; the largest files are bigger\.bin, big\.bin, .*git ignore"
+        r"has 3 MiB, above max_code_mib = 2\.5; the largest files are bigger\.bin, big\.bin, .*\.gitignore"
     )
     with pytest.raises(UserError, match=refusal) as refused:
         pack(2.5, checkout)

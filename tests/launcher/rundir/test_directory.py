@@ -277,9 +277,7 @@ def test_run_in_a_bucket_has_one_launcher_which_the_refusal_names(remote, monkey
     assert not remote.is_running()
     with remote.locked():
         assert remote.is_running()
-        refusal = (
-            rf"^run quickstart is running already, under process {os.getpid()} on \S+; see `launch status"
-        )
+        refusal = rf"^run quickstart is running already, supervised by process {os.getpid()} on \S+; see `launch status"
         with pytest.raises(RunHeldError, match=refusal), RunDirectory(remote.location).locked():
             pass
         assert not remote.is_lost()
