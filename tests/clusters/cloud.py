@@ -15,12 +15,15 @@ import pytest
 
 from launcher.rundir import run_id
 from tests import gcs, tpu_api
-from tests.clusters.runs import Command, Run
+from tests.clusters.runs import SAVE_EVERY, Command, Run
 from tests.clusters.tpu import Slice
 from tests.gcs import BUCKET
 from tests.gcs import Server as Storage
 from tests.tpu_api import MACHINES, TestMachine
 
+STEPS = 3 * SAVE_EVERY
+SHORT = f"train.steps={STEPS}"
+ONE_VM = "tpu-v4-8"
 CLUSTERS = """\
 {name}:
   accelerator: {accelerator}

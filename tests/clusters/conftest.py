@@ -8,13 +8,16 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.clusters import cloud as google_cloud
 from tests.clusters import network
 from tests.clusters import slurm as slurm_testbed
 from tests.clusters import tpu as tpu_testbed
-from tests.clusters.runs import TINY, Run
+from tests.clusters.cloud import Cloud, CloudRun
+from tests.clusters.runs import CLUSTER, TINY, Run
 from tests.clusters.slurm import Slurm
 from tests.clusters.tpu import Slice
 
@@ -71,8 +74,8 @@ def trained(make_run: Make) -> Run:
     return _completed(make_run(stub=False))
 
 
-def _completed(run: Run) -> Run:
-    launched = run.launch()
+def _completed(run: Run, *arguments: str, cluster: str = CLUSTER) -> Run:
+    launched = run.launch(*arguments, cluster=cluster)
     assert launched.wait() == 0, launched.text
     return run
 
@@ -104,3 +107,60 @@ def raised_vms() -> Iterator[Slice]:
     network.skip_without(tpu_testbed.missing(), "TPU")
     with tpu_testbed.raised() as vms:
         yield vms
+
+
+@pytest.fixture(scope="session")
+def cloud(raised_vms: Slice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    with google_cloud.raised(raised_vms, tmp_path_factory.mktemp("compiled")) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="session")
+def make_cloud_run(
+    cloud: Cloud, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., CloudRun]]:
+    made: list[CloudRun] = []
+
+    def make(recipe: Path | None = None, *, stub: bool = True, **settings: Any) -> CloudRun:
+        folder = tmp_path_factory.mktemp("run")
+        if recipe is None:
+            recipe = folder / "tiny.yaml"
+            recipe.write_text(TINY)
+        made.append(CloudRun(cloud, folder, recipe, stub=stub, **settings))
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.end()
+
+
+@pytest.fixture
+def cloud_run(make_cloud_run: Callable[..., CloudRun], cloud: Cloud) -> Iterator[CloudRun]:
+    """A run of the tiny recipe on Cloud TPU by the stub, about to be launched."""
+    yield from _ended_in(cloud, make_cloud_run())
+
+
+@pytest.fixture
+def cloud_training(make_cloud_run: Callable[..., CloudRun], cloud: Cloud) -> Iterator[CloudRun]:
+    """One that trains."""
+    yield from _ended_in(cloud, make_cloud_run(stub=False))
+
+
+def _ended_in(cloud: Cloud, run: CloudRun) -> Iterator[CloudRun]:
+    """With its test. All that it asked of the API was well-formed."""
+    yield run
+    run.end()
+    cloud.clear()
+    assert cloud.api.rejected == []
+
+
+@pytest.fixture(scope="session")
+def undisturbed(make_run: Make) -> Run:
+    """The run that test_tpu.py and test_tpu_failures.py have, from beginning to end in one attempt, here."""
+    return _completed(make_run(), google_cloud.SHORT, cluster="local-2")
+
+
+@pytest.fixture(scope="session")
+def undisturbed_training(make_run: Make) -> Run:
+    """The one that trains, on as many processes and devices, here."""
+    return _completed(make_run(stub=False), google_cloud.SHORT, cluster="local-2x4")

@@ -4,87 +4,25 @@ The first two train; in the others the stub does.
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
 
 import configs
-from tests.clusters import cloud as testbed
-from tests.clusters.cloud import Cloud, CloudRun
-from tests.clusters.runs import SAVE_EVERY, TINY, Run, wait_until
-from tests.clusters.tpu import Slice
+from tests.clusters.cloud import ONE_VM, SHORT, STEPS, Cloud, CloudRun
+from tests.clusters.runs import SAVE_EVERY, Run
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 3 * SAVE_EVERY
-SHORT = f"train.steps={STEPS}"
 QUICKSTART = Path(configs.__file__).with_name("quickstart.yaml")
-ONE_VM = "tpu-v4-8"
 Make = Callable[..., CloudRun]
 
 
-@pytest.fixture(scope="module")
-def cloud(raised_vms: Slice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with testbed.raised(raised_vms, tmp_path_factory.mktemp("compiled")) as cloud:
-        yield cloud
-
-
-@pytest.fixture(scope="module")
-def make_cloud_run(cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
-    made: list[CloudRun] = []
-
-    def make(recipe: Path | None = None, *, stub: bool = True, **settings: Any) -> CloudRun:
-        folder = tmp_path_factory.mktemp("run")
-        if recipe is None:
-            recipe = folder / "tiny.yaml"
-            recipe.write_text(TINY)
-        made.append(CloudRun(cloud, folder, recipe, stub=stub, **settings))
-        return made[-1]
-
-    yield make
-    for run in made:
-        run.end()
-
-
 @pytest.fixture
-def run(make_cloud_run: Make, cloud: Cloud) -> Iterator[CloudRun]:
-    """A run of the tiny recipe by the stub, about to be launched."""
-    yield from _ended(make_cloud_run(), cloud)
-
-
-@pytest.fixture
-def training(make_cloud_run: Make, cloud: Cloud) -> Iterator[CloudRun]:
-    """One that trains."""
-    yield from _ended(make_cloud_run(stub=False), cloud)
-
-
-def _ended(run: CloudRun, cloud: Cloud) -> Iterator[CloudRun]:
-    """With its test. All that it asked of the API was well-formed."""
-    yield run
-    run.end()
-    cloud.clear()
-    assert cloud.api.rejected == []
-
-
-@pytest.fixture(scope="module")
-def undisturbed(make_run: Callable[..., Run]) -> Run:
-    """The run of the stub from beginning to end in one attempt, here."""
-    return _undisturbed(make_run(), "local-2")
-
-
-@pytest.fixture(scope="module")
-def trained(make_run: Callable[..., Run]) -> Run:
-    """The run that trains, in one attempt on as many processes and devices, here."""
-    return _undisturbed(make_run(stub=False), "local-2x4")
-
-
-def _undisturbed(run: Run, cluster: str) -> Run:
-    launched = run.launch(SHORT, cluster=cluster)
-    assert launched.wait() == 0, launched.text
-    return run
+def run(cloud_run: CloudRun) -> CloudRun:
+    return cloud_run
 
 
 def test_quickstart_on_four_vms_from_creation_to_deletion(make_cloud_run: Make, cloud: Cloud) -> None:
@@ -106,9 +44,9 @@ def test_quickstart_on_four_vms_from_creation_to_deletion(make_cloud_run: Make, 
 
 
 def test_a_preempted_slice_is_created_anew_and_the_run_ends_with_the_same_bits(
-    training: CloudRun, cloud: Cloud, trained: Run
+    cloud_training: CloudRun, cloud: Cloud, undisturbed_training: Run
 ) -> None:
-    run = training
+    run = cloud_training
     launched = run.launch(SHORT)
     run.wait_until(run.checkpoint_steps, "a checkpoint")
     run.freeze(0, 1)
@@ -120,81 +58,7 @@ def test_a_preempted_slice_is_created_anew_and_the_run_ends_with_the_same_bits(
     assert (first["verdict"], first["failure"]["cause"]) == ("preempted", "preempted")
     assert SAVE_EVERY <= kept == first["kept_step"] == second["from_step"] < STEPS
     run.download()
-    run.assert_same_bits(trained, STEPS)
-    assert cloud.nothing_is_left
-
-
-def test_a_notice_of_maintenance_saves_first(run: CloudRun, cloud: Cloud) -> None:
-    run.hold_at(3)
-    launched = run.launch(SHORT, "checkpoint.every_steps=1000")
-    run.wait_for_step(3)
-    (_, other) = run.machines()
-    cloud.vms.set_metadata(other, "instance/maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
-    run.wait_until(lambda: run.attempts(), "the first attempt ends")
-    cloud.vms.set_metadata(other, "instance/maintenance-event", "NONE")
-    run.let_go()
-    assert launched.wait() == 0, launched.text
-    first, second = run.attempts()
-    assert (first["verdict"], first["failure"], first["steps_lost"]) == ("preempted", None, 0)
-    assert second["from_step"] == first["reached_step"] == 4
-
-
-def test_a_killed_worker_is_the_cause_and_its_hosts_are_used_again(
-    run: CloudRun, cloud: Cloud, undisturbed: Run
-) -> None:
-    before = cloud.creations()
-    run.hold_at(SAVE_EVERY + 2)
-    launched = run.launch(SHORT)
-    run.wait_for_step(SAVE_EVERY + 2)
-    run.kill_workers(1)
-    run.let_go()
-    assert launched.wait() == 0, launched.text
-    first, second = run.attempts()
-    assert (first["kept_step"], first["steps_lost"], second["from_step"]) == (SAVE_EVERY, 2, SAVE_EVERY)
-    host = first["hosts"][1]
-    assert (first["failure"]["process"], first["failure"]["host"]) == (1, host)
-    assert first["failure"]["cause"] == "SIGKILL"
-    assert f"process 1 on {host} failed" in launched.text
-    assert cloud.creations() == before + 1
-    run.download()
-    run.assert_same_bits(undisturbed, STEPS)
-
-
-def test_a_killed_launcher_leaves_a_run_that_another_laptop_goes_on_with(
-    run: CloudRun, make_cloud_run: Make, cloud: Cloud, undisturbed: Run
-) -> None:
-    run.hold_at(2)
-    launched = run.launch(SHORT)
-    run.wait_for_step(2)
-    launched.process.kill()
-    launched.process.wait()
-    other = make_cloud_run(like=run)
-    attached = other.command("attach", run.name)
-    other.wait_until(lambda: "step 2/" in attached.text, "it is followed")
-    run.let_go()
-    assert attached.wait() == 0, attached.text
-    (attempt,) = run.attempts()
-    assert (attempt["verdict"], attempt["from_step"], attempt["reached_step"]) == ("completed", 0, STEPS)
-    run.download()
-    run.assert_same_bits(undisturbed, STEPS)
-    assert cloud.nothing_is_left
-
-
-def test_a_closed_laptop_leaves_it_running_to_its_end(run: CloudRun, cloud: Cloud) -> None:
-    run.hold_at(2)
-    launched = run.launch(SHORT, cluster=ONE_VM)
-    run.wait_for_step(2)
-    launched.process.send_signal(signal.SIGHUP)
-    assert launched.wait() == 75
-    assert "launch attach tiny" in launched.text
-    status = run.command("status")
-    assert status.wait() == 0
-    assert "no launcher looks after it" in status.text
-    run.let_go()
-    wait_until(lambda: run.report().get("phase") == "completed", "the workers train without a launcher")
-    attached = run.command("attach")
-    assert attached.wait() == 0, attached.text
-    assert run.result()["status"] == "completed"
+    run.assert_same_bits(undisturbed_training, STEPS)
     assert cloud.nothing_is_left
 
 
@@ -232,53 +96,12 @@ def test_a_run_that_waits_in_the_queue_is_stopped_there(run: CloudRun, cloud: Cl
     assert cloud.nothing_is_left
 
 
-def test_a_launcher_killed_in_the_queue_leaves_what_gc_finds(run: CloudRun, cloud: Cloud) -> None:
-    cloud.api.hold = True
-    launched = run.launch(SHORT)
-    run.wait_until(lambda: "WAITING_FOR_RESOURCES" in launched.text, "it waits")
-    launched.process.kill()
-    launched.process.wait()
-    found = run.plain("gc")
-    assert found.wait() == 0
-    assert run.slice() in found.text
-    assert run.place in found.text
-    deleted = run.plain("gc", "--delete", "--yes", run.slice())
-    assert deleted.wait() == 0, deleted.text
-    assert cloud.nothing_is_left
-
-
 def test_two_runs_at_once_have_a_slice_each(run: CloudRun, make_cloud_run: Make, cloud: Cloud) -> None:
     other = make_cloud_run()
     launched = [r.launch("train.steps=4", cluster=ONE_VM) for r in (run, other)]
     assert [each.wait() for each in launched] == [0, 0], launched[0].text + launched[1].text
     hosts = [set(r.attempts()[0]["hosts"]) for r in (run, other)]
     assert len(hosts[0] | hosts[1]) == 2
-    assert cloud.nothing_is_left
-
-
-def test_a_vm_without_sshd_is_named_and_its_slice_given_up_for_another(run: CloudRun, cloud: Cloud) -> None:
-    cloud.vms.stop_sshd(1)
-    try:
-        launched = run.launch("--max-restarts", "1", SHORT)
-        assert launched.wait() == 1, launched.text
-    finally:
-        cloud.vms.start_sshd(1)
-    address = cloud.vms.machines[1].internal_address
-    failures = [a["failure"] for a in run.attempts()]
-    assert [(f["host"], f["cause"]) for f in failures] == 2 * [(address, "not started")]
-    assert "not reached by ssh" in failures[0]["error"]
-    assert cloud.nothing_is_left
-
-
-def test_a_vm_without_disk_is_named_at_once(run: CloudRun, cloud: Cloud) -> None:
-    cloud.vms.fill_disk(0, 1 << 20)
-    try:
-        launched = run.launch(SHORT)
-        assert launched.wait() == 2, launched.text
-    finally:
-        cloud.vms.wipe(0)
-    assert f"on {cloud.vms.machines[0].internal_address} failed" in launched.text
-    assert "0.0 GiB free" in launched.text
     assert cloud.nothing_is_left
 
 
