@@ -94,4 +94,5 @@ def tensorboard(name: str | None, root: str) -> None:
     """Open TensorBoard on one run, or on all of --root."""
     run = find_run(root, name)
     logdir = root if name is None else run.tensorboard()
+    # In the place of this process, so that Ctrl-C ends TensorBoard itself.
     os.execvp(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])
