@@ -1,1 +1,1 @@
-"""Runs where the user types: decides, starts, watches. Never imports jax, but for worker.py."""
+"""Plans runs, starts them, watches and restarts them. Of its modules, host/worker.py alone imports jax."""

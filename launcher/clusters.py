@@ -95,7 +95,7 @@ def _cluster(name: str) -> SlurmCluster | TpuCluster:
 
 
 def slurm_spec(name: str, cluster: SlurmCluster, *, submit: bool = True) -> ClusterSpec:
-    """Processes and devices of a SLURM cluster; `submit`: in a job that is yet to be submitted."""
+    """Processes and devices of a SLURM cluster; `submit`: they run in a job that is yet to be submitted."""
     nodes, gpus, tasks = cluster.nodes, cluster.gpus_per_node, cluster.tasks_per_node
     spec = _slurm(name, nodes, gpus, tasks)
     return replace(spec, submission=cluster) if submit else spec
@@ -108,14 +108,14 @@ def _slurm(name: str, nodes: int, gpus: int, tasks: int) -> ClusterSpec:
 
 
 def tpu_spec(name: str, cluster: TpuCluster) -> ClusterSpec:
-    """One process on each VM of the slices; on the CPU platform it has as many devices as chips give."""
+    """One process on each VM of the slices. On the CPU platform it has as many devices as on the chips."""
     tpu, num_slices = parse_tpu(cluster.accelerator)
     hosts = tpu.vms * num_slices
     return ClusterSpec(name, "tpu", cluster.platform, hosts, hosts, tpu.devices_per_vm, cluster)
 
 
 def _with_options(cluster: SlurmCluster, options: tuple[str, ...]) -> SlurmCluster:
-    """`option=value` or `option` of the command line, over what the cluster has."""
+    """The cluster with the `option=value` and `option` of the command line, which replace its own."""
     sbatch: dict[str, Any] = dict(cluster.sbatch)
     for option in options:
         key, equals, value = option.partition("=")
@@ -142,7 +142,7 @@ def _from_allocation(environment: Mapping[str, str]) -> ClusterSpec:
     gpus = environment.get("SLURM_GPUS_ON_NODE") or environment.get("SLURM_GPUS_PER_NODE") or "0"
     count = gpus.rpartition(":")[2]
     num_gpus = int(count) if count.isdecimal() else 1  # a type alone
-    # As many tasks as GPUs is how one asks for a process on each.
+    # A user who wants one process for each GPU asks SLURM for as many tasks as GPUs.
     tasks = environment.get("SLURM_NTASKS_PER_NODE")
     per_gpu = num_gpus > 1 and tasks == str(num_gpus)
     cluster = SlurmCluster(nodes=nodes, gpus_per_node=num_gpus, process_per="gpu" if per_gpu else "node")

@@ -1,4 +1,4 @@
-"""The protocols between supervisor, backends and gangs: what each offers to the others.
+"""The protocols between supervisor, backends and gangs: the methods that each offers to the others.
 
 Hosts' reports come back through the run directory, the same for all backends, so supervise.py never asks which
 backend it has.
@@ -25,9 +25,9 @@ class Exit:
     host: str = ""
     """Where the process ran, if the backend knows."""
     cause: str = ""
-    """What happened, where that is neither an exit code nor a signal."""
+    """`lost`, `not started` or the like, where neither the exit code nor a signal tells the cause."""
     error: str = ""
-    """What the process itself could not report any more."""
+    """An error message in the name of the process, which could not report it any more."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Backend(Executor, Protocol):
     """A way to run plans on one kind of cluster."""
 
     POLL_SECONDS: float
-    """`state` is not asked more often, unless the run directory has news."""
+    """Shortest interval between two calls of `state`, unless the run directory has news."""
 
     def render(self, plan: Plan) -> str:
         """The files and commands that would be used, for reading. Pure; a dry run stops here."""
@@ -98,7 +98,7 @@ class Backend(Executor, Protocol):
         """Raises UserError where the plan cannot be started from here."""
 
     def state(self, run: RunDirectory) -> State:
-        """How a run stands, also one of another launcher. What cannot be asked now is `unknown`."""
+        """How a run stands, also one of another launcher; `unknown` where the scheduler or cloud does not answer."""
 
 
 class Queue(Backend, Protocol):
@@ -124,7 +124,7 @@ class Remote(Backend, Protocol):
         """The plan with this machine's defaults filled in, so that another machine can resume it."""
 
     def quote(self, plan: Plan, run: RunDirectory) -> str | None:
-        """What `acquire` would create, and its price; None where the hosts exist. Raises UserError."""
+        """Hosts that `acquire` would create, and their price; None where they exist. Raises UserError where it cannot."""
 
     def acquire(self, plan: Plan, run: RunDirectory) -> None:
         """Request the hosts, which come later. Raises UserError where the request is refused."""

@@ -28,7 +28,7 @@ class ClusterSpec:
     processes: int
     devices_per_process: int
     submission: SlurmCluster | TpuCluster | None = None
-    """What the scheduler or the cloud is asked for; None where the processes are started from this machine."""
+    """What to request from the scheduler or the cloud; None where this machine starts the processes itself."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Commit, dirty flag and digest of the code, versions of the packages."""
     submission: dict[str, Any] | None = None
-    """Settings of the SlurmCluster or TpuCluster that is asked for; None where the processes are started from here."""
+    """Settings of the SlurmCluster or TpuCluster to request; None where this machine starts the processes itself."""
     max_restarts: int = 3
 
     def to_json(self) -> str:
@@ -133,6 +133,7 @@ def _resolved(
 ) -> dict[str, Any]:
     """The RunConfig with what was derived, and with places that mean the same on every host."""
     resolved = config.model_dump(mode="json")
+    # The worker reads these two from the plan, so that no rounding is done twice.
     resolved["mesh"] = mesh
     resolved["train"]["steps"] = steps
     checkpoint, log = resolved["checkpoint"], resolved["log"]

@@ -25,7 +25,8 @@ TAIL_LINES = 12
 # later.
 PEER_ABORT = -signal.SIGABRT
 ROOT_CAUSE_SECONDS = 2.0
-# After so many allocations in a row that ended before a checkpoint, another one would end the same way.
+# After so many preempted attempts in a row without a new checkpoint, the next one would end the same way, and a job
+# would be requeued for ever.
 MAX_FRUITLESS_ATTEMPTS = 3
 
 
@@ -92,11 +93,12 @@ def supervise(
             from_step = (run.checkpoint_steps() or [0])[-1]
             number = run.attempts.begin(info)
             gang = executor.start(plan, run, number)
+        # Returns when no process runs any more: the next attempt may use their devices and write their checkpoints.
         verdict, failure = _watch(plan, run, gang, number, stop_request, on_progress)
         if verdict is None or run.is_lost(refresh=True):
             return None
         gang = None
-        run.refresh()
+        run.refresh()  # the last reports and checkpoints count, not those of a moment ago
         attempt = _attempt_record(run, number, time.time(), from_step, verdict, failure)
         run.attempts.append(attempt)
         if stop_request.verdict or verdict in ("completed", "stopped"):
@@ -166,14 +168,15 @@ def _watch(
             for ended in exits:
                 codes.append(ended.code)
                 if ended.code == -signal.SIGTERM:
-                    killed = (
-                        True  # SIGTERM ends a worker that has not begun to train: there is nothing to save
-                    )
+                    # SIGTERM ends a worker that has not begun to train. It has nothing to save, and the others
+                    # cannot save without it.
+                    killed = True
                 elif ended.code not in (EXIT_DONE, EXIT_SAVED) and not killed:
                     if first is None:
                         first, cause_until = ended, time.monotonic() + ROOT_CAUSE_SECONDS
                     elif first.code == PEER_ABORT != ended.code:
                         first = ended
+            # An abort alone is not the cause: its peer's exit may still arrive.
             if first and (first.code != PEER_ABORT or time.monotonic() > cause_until or not running):
                 gang.kill()
                 verdict = PREEMPTED if first.cause == PREEMPTED else "failed"
@@ -191,12 +194,14 @@ def _watch(
             gang.detach()  # an error of this launcher is no reason to end the run
         raise
     finally:
+        # Also after a failure: a process that survived would keep its devices and the port of the coordinator.
         if not detached:
             gang.kill()
         while running and not detached:
             running -= {ended.process for ended in gang.poll(POLL_SECONDS)}
     if all(code == EXIT_DONE for code in codes):
         return "completed", None
+    # Some exited with 75, so all have saved at a common step.
     return "stopped" if stop_request.verdict == "stopped" else gang.stopped_by(), None
 
 

@@ -38,11 +38,11 @@ def start(plan: Plan, run: RunDirectory, attempt: int) -> "LocalGang":
 
 
 def adopt(plan: Plan, run: RunDirectory, attempt: int) -> None:
-    """None, since workers end with their launcher."""
+    """None, since the workers of a lost launcher have ended with it."""
 
 
 def check(plan: Plan) -> None:
-    """Nothing can be checked that the plan has not checked."""
+    """The plan has checked everything already."""
 
 
 def job_info() -> dict[str, Any]:

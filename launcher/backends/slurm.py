@@ -82,6 +82,7 @@ def submit(plan: Plan, run: RunDirectory) -> str:
     if not shutil.which("sbatch"):
         reason = "there is no sbatch on this machine"
         raise UserError(f"cluster = {plan.cluster}: {reason}; type this on a login node of the cluster")
+    # sbatch takes a backslash in --output for an escape.
     if "\\" in str(run.path):
         raise UserError(f"{run.path}: SLURM cannot write to a path with a backslash; choose another --root")
     _check_partition(plan.cluster, cluster)
@@ -100,8 +101,8 @@ def submit(plan: Plan, run: RunDirectory) -> str:
             f"cluster = {plan.cluster}: SLURM refuses the job: {commands.message(done.stderr)}; "
             "correct the cluster's settings, or override them with --sbatch option=value"
         )
-    write_atomically(run.path / "job.sbatch", script)
-    return done.stdout.strip().partition(";")[0]
+    write_atomically(run.path / "job.sbatch", script)  # for the user: SLURM has a copy of its own
+    return done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
 
 
 def _check_partition(name: str, cluster: SlurmCluster) -> None:

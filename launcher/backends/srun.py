@@ -24,7 +24,7 @@ from launcher.rundir import RunDirectory
 # Six heartbeats and more: a node that is only busy, or a network that stalls for a moment, is not given up.
 SILENT_SECONDS = 20.0
 START_SECONDS = 600.0  # includes the time in which images of containers are fetched
-KILL_SECONDS = 3.0
+KILL_SECONDS = 3.0  # srun and its tasks get that long to end by themselves
 
 # Messages of srun on a task and on a node that could not report by themselves.
 _TASKS = re.compile(r"srun: error: (\S+): tasks? ([\d,\-]+): (.+)")
@@ -137,7 +137,7 @@ class SrunGang:
         """End a host that does not read commands, or whose worker cannot be killed."""
         if self._step:
             commands.run("scancel", "--signal=KILL", self._step)
-        self._srun.kill()
+        self._srun.kill()  # without this, srun would wait for the tasks that SLURM cannot end
 
     # Threads
 

@@ -74,7 +74,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], Callable[[int, int]
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     started = time.monotonic()
 
-    def begin(num_parts: int, num_bytes: int) -> Callable[[int, int], None]:
+    def begin(_num_parts: int, num_bytes: int) -> Callable[[int, int], None]:
         task = bar.add_task(f"0 {what}", total=num_bytes)
         done, printed = 0, time.monotonic()
 

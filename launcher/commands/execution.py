@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from launcher.plan import Plan
     from launcher.rundir import RunDirectory
 
-JOB_PROGRESS_SECONDS = 60.0
+JOB_PROGRESS_SECONDS = 60.0  # nobody watches the log of a job as it grows
 
 
 def train(
@@ -36,6 +36,7 @@ def train(
 
     job = executor.job_info()["job"]
     if executor.REMOTE and run.is_running():
+        # Taking a lease over lasts half a minute, in which nothing else would be printed.
         click.echo("waiting     to check whether the previous launcher of this run is still running")
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.locked())
@@ -47,6 +48,7 @@ def train(
         stop_request = stack.enter_context(_stopped_by_signals(StopRequest(workers_outlive=executor.REMOTE)))
         seconds = JOB_PROGRESS_SECONDS if requeue else console.PROGRESS_SECONDS
         progress = stack.enter_context(console.Progress(plan, seconds))
+        # Only now: where something above fails, the plan of the earlier launch stays.
         run.write_plan(plan)
         if begin:
             run.begin_launch(job)

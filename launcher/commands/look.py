@@ -94,4 +94,5 @@ def tensorboard(name: str | None, root: str) -> None:
     """Open TensorBoard for the run NAME, or for all runs in --root."""
     run = find_run(root, name)
     logdir = root if name is None else run.tensorboard()
+    # In the place of this process, so that Ctrl-C ends TensorBoard itself.
     os.execvp(sys.executable, [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", logdir])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launcher.plan import Plan
     from launcher.rundir import RunDirectory
 
-FOLLOW_SECONDS = 0.3
+FOLLOW_SECONDS = 0.3  # reads of the run directory, by which a user sees progress
 
 
 def find_run(root: str, name: str | None) -> "RunDirectory":

@@ -30,6 +30,7 @@ def stop(name: str | None, timeout: float, root: str) -> None:
     if is_remote(run):
         with contextlib.suppress(RunHeldError):  # then the launcher that looks after it ends it
             execution.train(plan, run, backend, requeue=False, begin=False)
+    # A job in the queue has no step to save, so it is cancelled at once.
     if state.status == "queued" and not backend.REMOTE:
         backends.get_queue(plan.backend).cancel(run)
         write_result(plan, run, "stopped")

@@ -38,8 +38,8 @@ REPORT_SECONDS = 30.0
 LOG_BYTES_PER_SECOND = 128 << 10
 # Google announces the preemption of a spot VM 30 s ahead, and the save has to fit into that.
 NOTICE_SECONDS = 2.0
-START_SECONDS = 60.0
-END_SECONDS = 10.0
+START_SECONDS = 60.0  # includes the imports of the agent
+END_SECONDS = 10.0  # after that the agent itself is killed, and its worker ends by the closed pipe
 POLL_SECONDS = 0.1
 
 

@@ -1,1 +1,1 @@
-"""What the machine on which this runs knows of itself: devices, network, SLURM's step, Google's metadata, its code."""
+"""What a process can find out about its own machine: devices, network, SLURM's step, Google's metadata, the code."""

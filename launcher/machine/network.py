@@ -35,7 +35,8 @@ def address(node: str, nodes: Sequence[str], interface: str | None) -> str:
 def reserve_port(host: str, port: int = 0) -> socket.socket:
     """A socket that reserves `port` of `host`, by default a free one, for jax's coordinator while the socket is open.
 
-    The socket never listens. It sets SO_REUSEPORT, as gRPC does, so that the coordinator can bind the port too;
+    The port that is free now may be taken a second later, and jax aborts where its coordinator cannot bind. The
+    socket never listens. It sets SO_REUSEPORT, as gRPC does, so that the coordinator can bind the port too;
     the kernel gives the port to nobody else, neither to a job that looks for a free one nor to a connection.
     """
     s = socket.socket()

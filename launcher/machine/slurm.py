@@ -67,7 +67,7 @@ def hostnames(nodelist: str) -> list[str]:
             return done.stdout.split()
     except FileNotFoundError:
         pass
-    # Containers have no scontrol, and SLURM 22.05 refuses names with a suffix behind the brackets.
+    # Containers have no scontrol, and SLURM 22.05 refuses names with a suffix behind the brackets, such as n[1-2]-ib.
     return _expand(nodelist)
 
 

@@ -23,7 +23,7 @@ class Request:
     generation: str
     """As the provider writes it, such as V4."""
     runtime: str
-    """The provider's name of what is installed on the machines."""
+    """The provider's name of the software that is installed on the machines."""
     topology: str | None = None
     """Such as 2x2x4, in the place of `accelerator_type`."""
     slices: int = 1
@@ -91,7 +91,7 @@ class Provider(Protocol):
     """Raises UserError for what the user must mend, and configs.google.UnreachableError."""
 
     def create(self, request: Request) -> None:
-        """Request machines, and return once the request is accepted. One of the same name and OWNER is used as it is."""
+        """Request machines, and return once the request is accepted. An earlier request of the same name and OWNER counts."""
 
     def condition(self, name: str) -> Condition:
         """The state of a request, or of a node that was created by other means."""

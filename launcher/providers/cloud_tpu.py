@@ -92,11 +92,12 @@ class CloudTpu:
                     self._call("update_node", {"node": changed, "update_mask": {"paths": ["metadata"]}})
 
     def delete(self, name: str) -> None:
-        """As `Provider.delete`. Forced, a queued resource takes its nodes with it; the node may also be alone."""
+        """As `Provider.delete`. With `force`, Google deletes the nodes of a queued resource along with it."""
         with self._explained(f"TPU {name}"):
             self._remove(
                 "delete_queued_resource", name, lambda: filter(None, [self._queued(name)]), force=True
             )
+            # A node that has no queued resource any more, or was created without one.
             self._remove("delete_node", name, lambda: self._nodes(name))
 
     def list_labelled(self, label: str) -> list[Resource]:
@@ -178,7 +179,7 @@ class CloudTpu:
         ]
 
     def _host_keys(self, node: Any) -> list[tuple[str, ...]]:
-        """Host keys of each worker; empty where the VMs have published none, or may not."""
+        """Host keys of each worker; empty where the VMs have not published any, or the project forbids that."""
         from google.api_core.exceptions import GoogleAPICallError
 
         # Without a query path and worker ids the answer has all attributes of all workers; gcloud asks like this, too.
@@ -325,7 +326,7 @@ def _node(request: Request) -> Any:
 
 
 def _condition(queued: Any, nodes: list[Any]) -> Condition:
-    """The state of a queued resource; where there is none, or it is ACTIVE, that of the worst of its nodes."""
+    """The condition of a queued resource; where there is none, or it is ACTIVE, the worst condition of its nodes."""
     if queued and _state(queued) != "ACTIVE":
         message = queued.state.failed_data.error.message
         return Condition(

@@ -21,9 +21,10 @@ from launcher.remote.hosts import Hosts
 from launcher.remote.prepare import remote_program
 from launcher.remote.ssh import Ssh, last_line
 
+# How often the provider is asked for the condition of the hosts; while one is silent, more often.
 CHECK_SECONDS = 15.0
 SUSPECT_CHECK_SECONDS = 2.0
-# A VM that exists, but is out of reach for so long, is given up.
+# A VM that exists, but has been out of reach for so long, is given up.
 LOST_SECONDS = 60.0
 # A living host reports to the run directory at least every half minute, and clocks may differ.
 REPORT_SECONDS = 90.0
@@ -102,7 +103,7 @@ class Follower:
                     return
             self._last_errors[process] = last_line(channel.stderr.read())
             self._silent_since.setdefault(process, time.monotonic())
-            channel.wait()
+            channel.wait()  # reaps the process of ssh
             attempt.detached.wait(RECONNECT_SECONDS)
 
     def _exit(self, process: int, entry: dict[str, Any]) -> Exit:

@@ -15,7 +15,7 @@ from launcher.remote.ssh import HostError, connected
 
 # A worker that a host has not reported as ended after that long counts as killed: the host may be gone.
 KILL_SECONDS = 10.0
-# Hosts that are about to be taken away are asked for again after that long.
+# After preflight finds that the hosts are about to be taken away, their condition is asked again after that long.
 NOTICE_SECONDS = 10.0
 
 
@@ -79,6 +79,6 @@ class RemoteGang:
             self._end(Exit(0, 1, cause="launcher failed", error=f"{type(e).__name__}: {e}"))
 
     def _end(self, first: Exit) -> None:
-        """All processes end because of the first."""
+        """End the attempt: `first` is the cause, and all other processes end because of it."""
         for exit_ in self._attempt.exits_of_all(first):
             self._exits.put((time.time(), exit_))

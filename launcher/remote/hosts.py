@@ -52,7 +52,7 @@ class Hosts:
                 phase = str(e)
             except UserError as e:  # others may use up a quota for now, and the user may stop the run
                 phase = f"refused, trying again: {e}"
-            if phase != shown or poll % 6 == 0:  # about once a minute, so that the time goes on
+            if phase != shown or poll % 6 == 0:  # every sixth poll, so that the user sees the time grow
                 shown = phase
                 attempt.report_phase(f"{phase}, for {time.monotonic() - started:.0f} s", queued=True)
             attempt.stopping.wait(min(MIN_POLL_SECONDS * 1.3**poll, MAX_POLL_SECONDS))

@@ -70,7 +70,7 @@ class Preparation:
         with attempt.timed("copy"):
             copied_bytes = self._copy(probes)
         with attempt.timed("environment"):
-            # All at once: the hosts have the work, and this machine only waits.
+            # On all hosts in parallel: each installs packages for minutes, and this machine only waits.
             pythons = ssh.each(lambda p: self._python(p, folders[p]), parallel=self._plan.hosts)
         with attempt.timed("checks"):
             attempt.report_phase("checking the hosts")
@@ -108,7 +108,7 @@ class Preparation:
         return dict(probe)
 
     def _copy(self, probes: list[dict[str, Any]]) -> int:
-        """Bring each host the files that it lacks; the number of bytes sent to all of them."""
+        """Copy to each host the files that it is missing; the number of bytes sent to all of them."""
         packed = self._run.code()
         if not packed:
             file = f"{self._run.location}/code.tar.gz"
@@ -117,8 +117,9 @@ class Preparation:
         deltas: dict[str, bytes | None] = {}
         tars = {}
         for process, probe in enumerate(probes):
+            # Made once for all hosts that are missing the same files, as most are.
             digests = json.dumps(probe["files"], sort_keys=True)
-            if digests not in deltas:  # most hosts lack the same files
+            if digests not in deltas:
                 deltas[digests] = code.delta(probe["files"])
             if tar := deltas[digests]:
                 tars[process] = tar
@@ -160,7 +161,7 @@ class Preparation:
             others = self._ssh.each(check, range(1, self._plan.processes))
         for port in first["ports"]:
             if all(port in report["ports"] for report in others):
-                # An announcement sorts behind the empty text of the hosts that have none.
+                # One notice is enough. `max` finds it, since the hosts without one report an empty text.
                 return f"{address}:{port}", max(report["notice"] for report in (first, *others))
         # The first port is the free one, which every host reaches where no firewall is in the way.
         unreached = [

@@ -51,7 +51,7 @@ class Ssh:
         (folder / "known_hosts").write_text("".join(lines))
 
     def error(self, process: int, message: str, *, is_users: bool = False) -> HostError:
-        """The HostError of a host: that of the machine's process, with the machine's address."""
+        """A HostError with the process and the internal address of a machine."""
         return HostError(process, self.machines[process].internal, message, is_users=is_users)
 
     def address(self, process: int) -> str:

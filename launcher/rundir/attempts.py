@@ -26,7 +26,7 @@ class Attempts:
         return records
 
     def of_launch(self) -> list[dict[str, Any]]:
-        """Records of the attempts since `launch` was typed, over all jobs in which the run went on."""
+        """Records of the attempts since `launch` was typed last, over all jobs in which the run went on."""
         first = int(self._files.read("first-attempt") or 1)
         return [a for a in self.all() if a["attempt"] >= first]
 
@@ -45,6 +45,7 @@ class Attempts:
     def begin(self, info: dict[str, Any]) -> int:
         """Number of the next attempt; the reports and the result of the one before are cleared."""
         number = self.last() + 1
+        # Reports of the attempt before, perhaps of more processes, would be taken for those of this one.
         self._files.delete("result.json")
         self._files.delete("hosts")
         self.write_info(number, info | {"begun": time.time()})

@@ -58,12 +58,12 @@ class RunDirectory:
 
     @property
     def path(self) -> Path:
-        """The folder, of a run directory that is one."""
+        """The folder of a run directory that is not under gs://."""
         assert not self.location.startswith("gs://")
         return Path(self.location)
 
     def refresh(self) -> None:
-        """Forget what was read, so that it is read again."""
+        """Have the next reads answer as of now; those of a bucket may otherwise be some seconds old."""
         self._files.refresh()
 
     # Plan and code
@@ -129,11 +129,12 @@ class RunDirectory:
         return self._files.is_held()
 
     def is_lost(self, *, refresh: bool = False) -> bool:
-        """Whether another launcher has taken the run over from this one; `refresh`: as of now."""
+        """Whether another launcher has taken the run over from this one; `refresh`: ask anew, not by the last renewal."""
         return self._files.is_lost(refresh=refresh)
 
     def begin_launch(self, job: str | None) -> None:
         """Before the first attempt of a launch: forget stop requests, result and excluded nodes of the one before."""
+        # A stop request of the launch before would end this one at once, and its result would look like this one's.
         self.clear_stop()
         self._files.delete("result.json")
         self.job.exclude_nodes([])

@@ -25,7 +25,7 @@ class HostFiles:
         return f"{self._files.location}/logs/attempt-{attempt}"
 
     def log_file(self, attempt: int, process: int) -> Path:
-        """The log of a process, in a run directory that is a folder."""
+        """The log of a process, where the run directory is not under gs://."""
         return Path(self._files.location) / _log(attempt, process)
 
     def read_log(self, attempt: int, process: int, offset: int = 0) -> bytes:

@@ -1,9 +1,11 @@
-"""The SLURM job in which a run goes on, and the nodes that its next job does without."""
+"""The id of the SLURM job in which a run goes on, and the nodes that its next job excludes."""
 
 from launcher.rundir.storage import Files
 
 
 class JobFiles:
+    """The files of a run that concern its SLURM job."""
+
     def __init__(self, files: Files):
         self._files = files
 

@@ -36,6 +36,7 @@ class Lease:
         self._text = json.dumps({"host": gethostname(), "pid": os.getpid(), "id": uuid4().hex})
         self._released = threading.Event()
         self._lock = threading.Lock()
+        # A thread of its own: the lease must be renewed also while the launcher waits for a host or for the user.
         self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
         self.is_lost = False
 

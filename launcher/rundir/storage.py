@@ -53,7 +53,7 @@ class Files(Protocol):
         """Names of the files and folders in a folder."""
 
     def refresh(self) -> None:
-        """Forget what was read."""
+        """Have the next reads and listings answer as of now."""
 
     def locked(self, timeout_seconds: float) -> AbstractContextManager[None]:
         """A context in which this process holds the run, as soon as it is free. Raises HeldError."""
@@ -62,7 +62,7 @@ class Files(Protocol):
         """Whether some launcher holds the run."""
 
     def is_lost(self, *, refresh: bool = False) -> bool:
-        """Whether another launcher has taken the run from this one, which held it; `refresh`: as of now."""
+        """Whether another launcher has taken the run over from this one; `refresh`: ask anew, not by the last renewal."""
 
 
 def open_files(location: str) -> Files:
@@ -202,7 +202,7 @@ class Bucket:
                 return None
 
     def _check_exists(self) -> None:
-        """Raises NotFound where the bucket is absent. Of an object, the service answers the same where that is absent."""
+        """Raises NotFound where the bucket is absent: for an object, the service gives the same answer in both cases."""
         if not self._contents:  # once is enough
             list(self._bucket.list_blobs(prefix=self._prefix, max_results=1, retry=google.retry()))
 
