@@ -5,6 +5,7 @@ from click.testing import CliRunner
 
 from configs.clusters import SlurmCluster, TpuCluster
 from configs.errors import UserError
+from launcher import clusters
 from launcher.accelerators import GENERATIONS
 from launcher.clusters import default_cluster, from_settings, from_slurm_task, resolve, slurm_spec
 from launcher.commands.main import main
@@ -244,3 +245,16 @@ def test_launch_clusters_of_another_kind_is_refused():
     refused = CliRunner().invoke(main, ["clusters", "nonsense"])
     assert refused.exit_code == 2
     assert refused.stderr == "error: clusters nonsense: allowed: tpu, or nothing\n"
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_local_is_all_gpus_of_this_machine_where_jax_has_cuda(monkeypatch, has_cuda):
+    monkeypatch.setattr(clusters, "num_nvidia_gpus", lambda: 8)
+    monkeypatch.setattr(clusters, "has_cuda_plugin", lambda: has_cuda)
+    if has_cuda:
+        assert resolve("local") == default_cluster() == ClusterSpec("local", "local", "gpu", 1, 1, 8)
+    else:
+        with pytest.raises(
+            UserError, match="this machine has 8 NVIDIA GPUs, but jax is installed without CUDA"
+        ):
+            resolve("local")
