@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import UserError
 from launcher.host.process import shell_exit_code
-from launcher.host.task import device_environment
+from launcher.host.task import _network_environment, device_environment
 from launcher.machine.slurm import SlurmTask
 
 
@@ -49,3 +49,19 @@ def test_cpu_devices_are_left_to_their_number(planned):
 
 def test_exit_code_of_a_host_is_that_of_its_worker_or_the_shells_for_its_signal():
     assert [shell_exit_code(code) for code in (0, 75, 2, -9)] == [0, 75, 2, 137]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, {}),
+        ({"LAUNCH_INTERFACE": "ib0"}, {"NCCL_SOCKET_IFNAME": "ib0"}),
+        ({"LAUNCH_INTERFACE": "ib0", "NCCL_SOCKET_IFNAME": "ib1"}, {"NCCL_SOCKET_IFNAME": "ib1"}),
+    ],
+)
+def test_nccl_uses_the_clusters_interface_unless_it_is_told_another(monkeypatch, environment, expected):
+    for name in ("LAUNCH_INTERFACE", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _network_environment() == expected

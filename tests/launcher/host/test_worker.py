@@ -1,9 +1,11 @@
 """A worker's place in the gang comes from four environment variables, which must be set together."""
 
+import signal
+
 import pytest
 
 from configs.errors import UserError
-from launcher.host.worker import Membership, membership
+from launcher.host.worker import Membership, StopSignal, membership
 
 NAMES = ("LAUNCH_COORDINATOR", "LAUNCH_PROCESSES", "LAUNCH_PROCESS")
 
@@ -44,3 +46,20 @@ def test_incomplete_environment_is_refused_instead_of_training_alone(monkeypatch
 def test_impossible_process_number_is_a_user_error(monkeypatch, values):
     with pytest.raises(UserError, match="LAUNCH_PROCESS"):
         place(monkeypatch, *values)
+
+
+@pytest.fixture
+def _sigterm():
+    """SIGTERM is handled as before once the test has ended."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_ends_a_worker_until_the_loop_first_asks_and_is_a_stop_request_then(_sigterm):
+    before = signal.getsignal(signal.SIGTERM)
+    stop_requested = StopSignal()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [stop_requested(), stop_requested()] == [False, False]
+    signal.raise_signal(signal.SIGTERM)
+    assert [stop_requested(), stop_requested()] == [True, True]
