@@ -49,17 +49,16 @@ def test_impossible_process_number_is_a_user_error(monkeypatch, values):
 
 
 @pytest.fixture
-def _sigterm():
-    """SIGTERM is handled as before once the test has ended."""
+def handler_before():
+    """The handler of SIGTERM, which is restored when the test has ended."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
+    yield before
     signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_ends_a_worker_until_the_loop_first_asks_and_is_a_stop_request_then(_sigterm):
-    before = signal.getsignal(signal.SIGTERM)
+def test_sigterm_ends_a_worker_until_the_loop_first_asks_and_is_a_stop_request_then(handler_before):
     stop_requested = StopSignal()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == handler_before
     assert [stop_requested(), stop_requested()] == [False, False]
     signal.raise_signal(signal.SIGTERM)
     assert [stop_requested(), stop_requested()] == [True, True]
