@@ -1,5 +1,6 @@
 """The gang of a SLURM job: a step that srun starts, with a task for each process."""
 
+import contextlib
 import json
 import os
 import queue
@@ -85,6 +86,7 @@ class SrunGang:
         self._killed: float | None = None
         self._last_heard: dict[int, float] = {}
         """When each process reported last; it is absent before its first report."""
+        self._has_lost_node = False
         self._step: str | None = None
         """JOB.STEP, which the first report names."""
         self._reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -115,6 +117,10 @@ class SrunGang:
         if self._killed is None:
             self._killed = time.monotonic()
             self._send(None)
+            if self._has_lost_node:
+                # srun would wait for that node, outlive this job, and then kill the step of its number: once the job
+                # is requeued, that is a step of the new allocation.
+                self._force()
 
     detach = kill  # the step cannot go on without the launcher
 
@@ -137,7 +143,10 @@ class SrunGang:
         """End a host that does not read commands, or whose worker cannot be killed."""
         if self._step:
             commands.run("scancel", "--signal=KILL", self._step)
-        self._srun.kill()  # without this, srun would wait for the tasks that SLURM cannot end
+        # The whole group: srun has a helper process, which kills the step when srun is killed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._srun.pid, signal.SIGKILL)
+        self._srun.wait()
 
     # Threads
 
@@ -178,6 +187,7 @@ class SrunGang:
             failure = {"exit": 1, "cause": "not started", "error": match[2]}
             for process, node in enumerate(self._nodes):
                 if node == match[1]:
+                    self._has_lost_node = True
                     self._reports.put({"process": process, **failure})
         return False
 
@@ -214,6 +224,7 @@ class SrunGang:
             has_started = process in self._last_heard
             silent = now - self._last_heard.get(process, self._started)
             if silent > (SILENT_SECONDS if has_started else START_SECONDS):
+                self._has_lost_node = True
                 error = f"nothing was heard of {self._nodes[process]} for {silent:.0f} s"
                 return [self._exit(process, 1, "lost" if has_started else "not started", error)]
         return []

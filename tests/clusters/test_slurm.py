@@ -63,6 +63,13 @@ def host_of(run: Run, process: int) -> int:
     return int(re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1])
 
 
+def sruns_of(run: Run, attempt: int) -> list[Path]:
+    """The processes of the srun that started an attempt."""
+    arguments = f"\0{run.path}\0{attempt}\0".encode()
+    commands = [p for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
+    return [p for p in commands if (c := p.read_bytes()).startswith(b"srun\0") and c.endswith(arguments)]
+
+
 # What trains
 
 
@@ -228,6 +235,10 @@ def test_node_cut_off_is_named_then_excluded_and_the_run_goes_on_elsewhere(slurm
     slurm.cut_off("n2")
     run.let_go()
     try:
+        run.wait_until(lambda: len(run.attempts()) == 1, "n2 is lost")
+        assert (
+            sruns_of(run, attempt=1) == []
+        )  # one would end a step of the next allocation, which has its number
         run.wait_until(lambda: len(run.attempts()) == 2, "it failed twice")
     finally:
         slurm.reconnect("n2")
