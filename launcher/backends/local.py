@@ -4,16 +4,14 @@ A worker's standard input is a pipe that nobody writes to. When the launcher end
 and the worker ends too.
 """
 
-import os
 import queue
 import shlex
-import signal
 import subprocess
 import threading
 from typing import Any
 
 from launcher.gang import Exit, State, drain, recorded_state
-from launcher.host.process import WORKER, start_worker, worker_environment
+from launcher.host.process import WORKER, kill_group, start_worker, worker_environment
 from launcher.machine.network import reserve_port
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
@@ -80,8 +78,7 @@ class LocalGang:
 
     def kill(self) -> None:
         for process in self._processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its own session, so its children too
+            kill_group(process)
 
     detach = kill  # the processes cannot go on without the launcher
 

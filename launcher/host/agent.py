@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from launcher.host.process import HEARTBEAT_SECONDS, host_program, start_worker, worker_environment
+from launcher.host.process import (
+    HEARTBEAT_SECONDS,
+    host_program,
+    kill_group,
+    start_worker,
+    worker_environment,
+)
 from launcher.machine import metadata
 from launcher.machine.network import reserve_port
 from launcher.plan import Plan
@@ -99,8 +105,7 @@ class Agent:
         self._worker.terminate()
 
     def kill(self) -> None:
-        if self._worker.poll() is None:
-            os.killpg(self._worker.pid, signal.SIGKILL)
+        kill_group(self._worker)
 
     def _watch_notices(self) -> None:
         """Have the workers save, all at a common step, while there is time."""

@@ -1,6 +1,8 @@
 """A worker process on the machine where this runs: its command, its environment, its start."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -53,6 +55,14 @@ def start_worker(run: RunDirectory, attempt: int, environment: Mapping[str, str]
             env={**os.environ, "XLA_FLAGS": " ".join(flags), **environment},
             start_new_session=True,
         )
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads a session of its own, and its children; nothing where it has ended."""
+    if process.poll() is None:
+        # A thread that waits for the process may have reaped it already, and be about to note its exit code.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def shell_exit_code(code: int) -> int:

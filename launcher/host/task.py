@@ -17,7 +17,13 @@ from typing import Any
 
 from configs.errors import UserError
 from launcher.host.external import CANCELLED, start_worker_on
-from launcher.host.process import HEARTBEAT_SECONDS, shell_exit_code, start_worker, worker_environment
+from launcher.host.process import (
+    HEARTBEAT_SECONDS,
+    kill_group,
+    shell_exit_code,
+    start_worker,
+    worker_environment,
+)
 from launcher.machine.devices import num_nvidia_gpus
 from launcher.machine.network import address, reserve_port
 from launcher.machine.slurm import SlurmTask, current_task
@@ -84,8 +90,8 @@ class SlurmTaskHost:
 
     def kill(self) -> None:
         with self._lock:
-            if self._worker and self._worker.poll() is None:
-                os.killpg(self._worker.pid, signal.SIGKILL)
+            if self._worker:
+                kill_group(self._worker)
 
     def _check_visible(self, attempt: int) -> None:
         # A directory of the same name may be left on this host's own disk.

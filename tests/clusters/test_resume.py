@@ -31,7 +31,7 @@ def test_ctrl_c_in_a_terminal_saves_and_the_resumed_run_has_the_same_bits(run, u
     launched = run.launch_in_terminal()
     run.wait_for_step(3)
     launched.press(b"\x03")
-    assert launched.wait() == 130
+    assert launched.wait() == 130, launched.text
     assert "\r\x1b[2K" in launched.text  # one line, redrawn
     run.assert_saved(launched.text.replace("\r\n", "\n"), "stopped")
     run.let_go()
@@ -45,7 +45,7 @@ def test_ctrl_c_twice_does_not_wait_for_the_save(run):
     run.wait_for_step(3)
     launched.press(b"\x03")
     launched.press(b"\x03")
-    assert launched.wait() == 130
+    assert launched.wait() == 130, launched.text
     assert run.workers() == {}
     assert run.attempts()[-1]["verdict"] == "stopped"
 
@@ -55,7 +55,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(training):
     launched = run.launch_in_terminal()
     run.wait_until(lambda: run.report().get("phase"), "the first word of process 0")
     launched.press(b"\x03")
-    assert launched.wait() == 130
+    assert launched.wait() == 130, launched.text
     assert run.workers() == {}
     assert run.checkpoint_steps() == []
     assert run.attempts()[-1]["verdict"] == "stopped"
