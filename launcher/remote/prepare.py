@@ -215,18 +215,20 @@ class Preparation:
             self._attempt.number,
             process,
             coordinator,
-            environment=host_environment(self._cluster, folder) | self._slice_environment(process),
+            environment=host_environment(self._cluster, folder) | slice_environment(self._machines, process),
             secrets={name: os.environ[name] for name in self._cluster.secrets},
         )
         command = remote_program(self._cluster, folder, python, "agent", "start", folder)
         self._ssh.run(process, *command, text=json.dumps(dataclasses.asdict(spec)).encode())
 
-    def _slice_environment(self, process: int) -> dict[str, str]:
-        slices = self._machines[-1].slice + 1
-        if slices == 1:
-            return {}
-        coordinator = f"{self._machines[0].internal}:{MEGASCALE_PORT}"
-        return megascale_environment(coordinator, slices, self._machines[process].slice)
+
+def slice_environment(machines: list[Machine], process: int) -> dict[str, str]:
+    """The variables by which the worker on `machines[process]` finds the other slices; none where there is one."""
+    num_slices = machines[-1].slice + 1
+    if num_slices == 1:
+        return {}
+    coordinator = f"{machines[0].internal}:{MEGASCALE_PORT}"
+    return megascale_environment(coordinator, num_slices, machines[process].slice)
 
 
 def bootstrap_command(command: str, folder: str) -> tuple[str, ...]:

@@ -502,6 +502,13 @@ def test_clusters_tells_the_kinds_and_the_default():
     assert "local-2x2: 2 × 2 cpu" in result.stdout
 
 
+def test_list_of_tpus_says_what_the_size_in_a_name_counts():
+    text = launch("clusters", "tpu").stdout
+    row = next(line for line in text.splitlines() if line.startswith("tpu-v4-32 "))
+    assert row.split()[1:7] == ["2x2x4", "16", "4", "32", "16", "tpu-ubuntu2204-base"]
+    assert "the number of cores (two per chip) for v2, v3, v4, v5p,\n" in text
+
+
 def test_schema_is_printed_or_written(tmp_path):
     assert json.loads(launch("schema").stdout) == json_schema()
     assert launch("schema", "schema.json").exit_code == 0
