@@ -9,6 +9,8 @@ import pytest
 
 from launcher import backends
 from launcher.backends import local
+from launcher.gang import State
+from launcher.rundir import RunDirectory
 
 # A difference that is meant: copy what `launch --dry-run configs/quickstart.yaml` prints below the plan.
 RENDERED = """\
@@ -40,3 +42,13 @@ def test_run_directory_survives_a_real_shell(planned, tmp_path, folder):
 def test_every_backend_can_be_loaded_by_its_name():
     for name in backends.BACKENDS:
         assert {"render", "start"} <= set(dir(backends.get(name)))
+
+
+def test_run_without_a_launcher_is_as_its_result_says(planned):
+    run = RunDirectory(planned().run_directory)
+    run.path.mkdir(parents=True)
+    assert local.state(run) == State("interrupted")
+    run.write_result({"status": "completed"})
+    assert local.state(run) == State("completed")
+    with run.locked():
+        assert local.state(run) == State("running")
