@@ -144,10 +144,12 @@ def _nearest_sizes(generation: Generation, shape: str) -> str:
 
 
 def megascale_environment(coordinator: str, slices: int, index: int) -> dict[str, str]:
-    """The variables by which libtpu connects `slices` slices, on a VM of slice `index`.
+    """The variables by which libtpu connects `slices` slices, on a VM of slice `index`; none where there is one slice.
 
     `coordinator` is the address of the first VM (https://cloud.google.com/tpu/docs/multislice-introduction).
     """
+    if slices == 1:
+        return {}
     return {
         "MEGASCALE_COORDINATOR_ADDRESS": coordinator,
         "MEGASCALE_NUM_SLICES": str(slices),

@@ -65,7 +65,7 @@ class TpuVmHost:
 
     def _slice_environment(self) -> dict[str, str]:
         worker = self._worker
-        if worker.slices == 1 or worker.megascale_coordinator is None:
+        if worker.megascale_coordinator is None:
             return {}
         return megascale_environment(worker.megascale_coordinator, worker.slices, worker.slice)
 

@@ -224,11 +224,8 @@ class Preparation:
 
 def slice_environment(machines: list[Machine], process: int) -> dict[str, str]:
     """The variables by which the worker on `machines[process]` finds the other slices; none where there is one."""
-    num_slices = machines[-1].slice + 1
-    if num_slices == 1:
-        return {}
     coordinator = f"{machines[0].internal}:{MEGASCALE_PORT}"
-    return megascale_environment(coordinator, num_slices, machines[process].slice)
+    return megascale_environment(coordinator, machines[-1].slice + 1, machines[process].slice)
 
 
 def bootstrap_command(command: str, folder: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """With this folder on PYTHONPATH, a worker meets, steps and saves as ever, but learns nothing, and needs no jax.
 
-Python imports this file when it starts. For tests of what is around the training; test_stub.py holds the stub
-to what the real loop says.
+Python imports this file when it starts. It serves tests of what is around the training.
+tests/clusters/test_training.py compares what the stub reports and leaves with what a training does.
 """
 
 import importlib.util
