@@ -4,7 +4,7 @@ models/resnet.py builds exactly these networks; a test compares both counts of p
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -95,14 +95,41 @@ def convolutions(name: str, *, width: int, stem: str) -> Iterator[Convolution]:
             yield Convolution(1, block.in_channels, out_channels, reduction)
 
 
+def parameter_shapes(
+    name: str, *, num_classes: int, width: int = 64, stem: str = "imagenet"
+) -> Iterator[tuple[int, ...]]:
+    """Shapes of all trainable parameters of `name`: kernels are (height, width, in, out)."""
+    for c in convolutions(name, width=width, stem=stem):
+        yield c.kernel, c.kernel, c.in_channels, c.out_channels
+        yield from [(c.out_channels,)] * 2  # scale and offset of its batch norm
+    yield ARCHITECTURES[name].num_features(width), num_classes
+    yield (num_classes,)
+
+
 def num_parameters(name: str, *, num_classes: int, width: int = 64, stem: str = "imagenet") -> int:
     """Number of trainable parameters of `name`, without the batch-norm statistics."""
-    # Each batch norm has a scale and an offset per channel; the classifier has a bias.
-    total = sum(
-        c.kernel**2 * c.in_channels * c.out_channels + 2 * c.out_channels
-        for c in convolutions(name, width=width, stem=stem)
-    )
-    return total + (ARCHITECTURES[name].num_features(width) + 1) * num_classes
+    return sum(map(math.prod, parameter_shapes(name, num_classes=num_classes, width=width, stem=stem)))
+
+
+def sharded_dim(shape: tuple[int, ...], num_shards: int) -> int | None:
+    """The dim of a parameter that is split into `num_shards` equal parts over the model axis; None: the whole is copied.
+
+    It is the output channels, the last dim, or the dim before it where `num_shards` does not divide them, as 4 does
+    not divide 10 classes. Height and width of a kernel are never split: each convolution would need its neighbour's
+    part.
+    """
+    dims = range(len(shape) - 1, max(len(shape) - 3, -1), -1)
+    return next((dim for dim in dims if shape[dim] % num_shards == 0), None)
+
+
+def share_of_device(shapes: Iterable[tuple[int, ...]], num_shards: int) -> float:
+    """Fraction of all parameters that each device of a model axis of `num_shards` devices holds."""
+    total = held = 0
+    for shape in shapes:
+        size = math.prod(shape)
+        total += size
+        held += size if sharded_dim(shape, num_shards) is None else size // num_shards
+    return held / total
 
 
 def flops_per_image(name: str, *, image_size: int, num_classes: int, width: int, stem: str) -> int:

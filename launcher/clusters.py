@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from configs.clusters import SlurmCluster, TpuCluster, files, named_clusters
 from configs.errors import UserError
 from configs.load import nearest, with_settings
-from launcher.accelerators import parse_tpu
+from launcher.accelerators import TpuSlice, parse_tpu
 from launcher.machine.devices import has_cuda_plugin, num_nvidia_gpus
 from launcher.machine.metadata import TpuWorker
 from launcher.machine.slurm import SlurmTask
@@ -104,14 +104,22 @@ def slurm_spec(name: str, cluster: SlurmCluster, *, submit: bool = True) -> Clus
 def _slurm(name: str, nodes: int, gpus: int, tasks: int) -> ClusterSpec:
     """`gpus` and `tasks` are those of each node."""
     platform = "gpu" if gpus else "cpu"
-    return ClusterSpec(name, "slurm", platform, nodes, nodes * tasks, (gpus // tasks) or 1)
+    return ClusterSpec(name, "slurm", platform, nodes, nodes * tasks, (gpus // tasks) or 1, slices=nodes)
 
 
 def tpu_spec(name: str, cluster: TpuCluster) -> ClusterSpec:
     """One process on each VM of the slices. On the CPU platform it has as many devices as on the chips."""
     tpu, num_slices = parse_tpu(cluster.accelerator)
+    return _tpu(name, cluster.platform, tpu, num_slices, cluster)
+
+
+def _tpu(
+    name: str, platform: str, tpu: TpuSlice, num_slices: int, submission: TpuCluster | None = None
+) -> ClusterSpec:
     hosts = tpu.vms * num_slices
-    return ClusterSpec(name, "tpu", cluster.platform, hosts, hosts, tpu.devices_per_vm, cluster)
+    # CPU devices are joined by the host that they share, not by the slice that they stand for.
+    slices = hosts if platform == "cpu" else num_slices
+    return ClusterSpec(name, "tpu", platform, hosts, hosts, tpu.devices_per_vm, slices, submission)
 
 
 def _with_options(cluster: SlurmCluster, options: tuple[str, ...]) -> SlurmCluster:
@@ -162,9 +170,7 @@ def from_tpu_worker(worker: TpuWorker) -> ClusterSpec:
     if num_vms != tpu.vms:
         raise UserError(f"{accelerator} has {tpu.vms} VMs, but the metadata server lists {num_vms}")
     name = f"tpu-{accelerator}" + (f"x{worker.slices}" if worker.slices > 1 else "")
-    platform = "cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "tpu"
-    hosts = tpu.vms * worker.slices
-    return ClusterSpec(name, "tpu", platform, hosts, hosts, tpu.devices_per_vm)
+    return _tpu(name, "cpu" if os.environ.get("JAX_PLATFORMS") == "cpu" else "tpu", tpu, worker.slices)
 
 
 def _this_machine() -> ClusterSpec:

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from configs.architectures import num_parameters
+from configs.architectures import parameter_shapes, share_of_device
 from configs.clusters import SlurmCluster, TpuCluster, seconds
 from configs.errors import UserError
-from configs.schema import MeshConfig, RunConfig, num_examples
+from configs.schema import RunConfig, num_examples
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class ClusterSpec:
     hosts: int
     processes: int
     devices_per_process: int
+    slices: int = 1
+    """Groups of devices that a fast interconnect joins: TPU slices, nodes with GPUs, hosts with CPU devices."""
     submission: SlurmCluster | TpuCluster | None = None
     """What to request from the scheduler or the cloud; None where this machine starts the processes itself."""
 
@@ -62,6 +64,8 @@ class Plan:
     submission: dict[str, Any] | None = None
     """Settings of the SlurmCluster or TpuCluster to request; None where this machine starts the processes itself."""
     max_restarts: int = 3
+    parameter_share: float = 1.0
+    """Fraction of the parameters that each device holds: all of them unless the model axis splits them."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -86,7 +90,11 @@ def make_plan(
     max_restarts: int = 3,
 ) -> Plan:
     """Resolve and cross-check. Raises UserError with one line a problem."""
-    mesh = _mesh(config.mesh, cluster)
+    model = config.model
+    shapes = list(
+        parameter_shapes(model.name, num_classes=model.num_classes, width=model.width, stem=model.stem)
+    )
+    mesh = _mesh(config, cluster, shapes)
     num_train = num_examples(config.data)[0]
     batch = config.train.batch_size
     steps = config.train.steps or math.ceil(config.train.epochs * num_train / batch)
@@ -100,7 +108,6 @@ def make_plan(
     ]
     if problems:
         raise UserError("\n".join(problems))
-    model = config.model
     return Plan(
         name=name,
         run_directory=run_directory,
@@ -117,14 +124,13 @@ def make_plan(
         steps=steps,
         steps_per_epoch=num_train / batch,
         epochs=steps * batch / num_train,
-        parameters=num_parameters(
-            model.name, num_classes=model.num_classes, width=model.width, stem=model.stem
-        ),
+        parameters=sum(map(math.prod, shapes)),
         config_file=str(config_file),
         config=_resolved(config, mesh, steps, cluster, run_directory),
         provenance=provenance,
         submission=cluster.submission.model_dump(mode="json") if cluster.submission else None,
         max_restarts=max_restarts,
+        parameter_share=share_of_device(shapes, mesh["model"]),
     )
 
 
@@ -200,23 +206,37 @@ def _submission_problems(cluster: ClusterSpec) -> list[str]:
     ]
 
 
-def _mesh(mesh: MeshConfig, cluster: ClusterSpec) -> dict[str, int]:
+def _mesh(config: RunConfig, cluster: ClusterSpec, shapes: list[tuple[int, ...]]) -> dict[str, int]:
+    """Devices along both axes; `shapes`: of the parameters. Raises UserError where no such mesh can be laid."""
+    batch, model = config.mesh.batch, config.mesh.model
     devices = cluster.processes * cluster.devices_per_process
     where = f'cluster "{cluster.name}" has {devices} ({cluster.processes} processes × {cluster.devices_per_process})'
-    if mesh.batch == -1:
-        if devices % mesh.model:
-            divisors = [d for d in range(1, devices + 1) if devices % d == 0]
-            raise UserError(
-                f"mesh.model = {mesh.model} does not divide the devices: {where}. "
-                f"Allowed: {', '.join(map(str, divisors))}"
-            )
-        return {"batch": devices // mesh.model, "model": mesh.model}
-    if mesh.batch * mesh.model != devices:
+    if batch != -1 and batch * model != devices:
         raise UserError(
-            f"mesh.batch = {mesh.batch} × mesh.model = {mesh.model} needs {mesh.batch * mesh.model} devices; "
+            f"mesh.batch = {batch} × mesh.model = {model} needs {batch * model} devices; "
             f"{where}. Set mesh.batch=-1 to use all remaining devices, or choose another cluster"
         )
-    return {"batch": mesh.batch, "model": mesh.model}
+    # A model axis over two slices would send the activations of each layer through the slow network between them.
+    per_slice = devices // cluster.slices
+    sizes = [size for size in range(1, per_slice + 1) if per_slice % size == 0]
+    allowed = [size for size in sizes if _splits_parameters(shapes, size)]
+    if model not in allowed:
+        if devices % model:
+            problem = f"does not divide the devices: {where}"
+        elif model not in sizes:
+            problem = (
+                f"does not fit into one of the {cluster.slices} slices or nodes: {where}, {per_slice} in each"
+            )
+        else:
+            share = share_of_device(shapes, model)
+            problem = f"divides few of {config.model.name}'s channels: each device would hold {share:.4g} of the parameters"
+        raise UserError(f"mesh.model = {model} {problem}. Allowed: {', '.join(map(str, allowed))}")
+    return {"batch": devices // model, "model": model}
+
+
+def _splits_parameters(shapes: list[tuple[int, ...]], num_shards: int) -> bool:
+    """Whether a model axis of `num_shards` devices saves at least half of what it could save at best."""
+    return share_of_device(shapes, num_shards) <= (1 + 1 / num_shards) / 2
 
 
 def _batch_problems(config: RunConfig, mesh: dict[str, int]) -> list[str]:

@@ -2,21 +2,55 @@
 the mesh.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from configs.architectures import sharded_dim
+from configs.errors import UserError
 
 BATCH, MODEL = "batch", "model"
 BARRIER_SECONDS = 1800
 
 
-def make_mesh(batch: int, model: int) -> Mesh:
-    """All devices of the run as a (batch, model) mesh, in an order that suits their interconnect."""
+def make_mesh(batch: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices of the run, all unless told, as a (batch, model) mesh in an order that suits their interconnect.
+
+    The batch axis goes over the slices first, so that each row of the model axis lies within one. A slice is what a
+    fast interconnect joins: a TPU slice, the GPUs of a node or of an NVLink domain, the CPU devices of a host. Within
+    a TPU slice the devices are laid along its torus, elsewhere by process and id, and GPUs by id alone, since XLA
+    numbers them along their nodes.
+    Raises UserError where `model` does not divide the devices of a slice, or where slices are unequal.
+    """
+    by_slice: dict[int, list[jax.Device]] = {}
+    for device in sorted(devices or jax.devices(), key=lambda d: (_slice_index(d), d.process_index, d.id)):
+        by_slice.setdefault(_slice_index(device), []).append(device)
+    sizes = sorted({len(of_slice) for of_slice in by_slice.values()})
+    if len(sizes) > 1 or sizes[0] % model:
+        raise UserError(
+            f"mesh.model = {model}: the run has {len(by_slice)} slices (hosts with an interconnect of their own) of "
+            f"{' or '.join(map(str, sizes))} devices, and each must be a whole number of model axes; use a mesh.model "
+            "that divides the devices of every slice"
+        )
+    # jax.make_mesh refuses more than one slice, and so does this function: it is called for each.
+    grids = [
+        mesh_utils.create_device_mesh((len(d) // model, model), d, allow_split_physical_axes=True)
+        for d in by_slice.values()
+    ]
     # Auto: the compiler propagates the shardings of a step's inputs through it, so networks need no
     # annotations.
-    return jax.make_mesh((batch, model), (BATCH, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(np.concatenate(grids).reshape(batch, model), (BATCH, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def _slice_index(device: jax.Device) -> int:
+    # Absent on some platforms, and on TPU where there is one slice.
+    return getattr(device, "slice_index", 0)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -38,18 +72,12 @@ def weight_sharding(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     """The sharding of one leaf of the train state: its output channels are split over the model axis.
 
     The last dim of every float leaf is its output channels (kernels are HWIO, the classifier is (in, out),
-    batch norm is (channels,)), and optimizer state has the shapes of the weights. If the size of the model
-    axis does not divide the last dim, as 4 devices do not divide 10 classes, the dim before it is split
-    instead. Scalars, integers and vectors too short to split are replicated.
+    batch norm is (channels,)), and optimizer state has the shapes of the weights. `sharded_dim` has the rule.
+    Integers, and what cannot be split, are replicated.
     """
-    size = mesh.shape[MODEL]
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        # Channels only. If the height or width of a kernel were split, each convolution would need its
-        # neighbour's part.
-        for dim in range(leaf.ndim - 1, max(leaf.ndim - 3, -1), -1):
-            if leaf.shape[dim] % size == 0:
-                return NamedSharding(mesh, P(*[None] * dim, MODEL))
-    return replicated_sharding(mesh)
+    is_weight = jnp.issubdtype(leaf.dtype, jnp.floating)
+    dim = sharded_dim(leaf.shape, mesh.shape[MODEL]) if is_weight else None
+    return replicated_sharding(mesh) if dim is None else NamedSharding(mesh, P(*[None] * dim, MODEL))
 
 
 def wait_for_all(name: str) -> None:

@@ -26,11 +26,12 @@ def echo(text: str) -> None:
 
 def print_plan(plan: "Plan") -> None:
     mesh, model = plan.mesh, plan.config["model"]
+    share = f", {plan.parameter_share:.1%} of the parameters on each device" if mesh["model"] > 1 else ""
     rows = {
         "run": f"{plan.name}  ({plan.config_file})",
         "cluster": f"{plan.cluster}: {plan.processes} process{'es' * (plan.processes > 1)} × "
         f"{plan.devices_per_process} {plan.platform} = {plan.devices} device{'s' * (plan.devices > 1)}",
-        "mesh": f"batch {mesh['batch']} × model {mesh['model']}",
+        "mesh": f"batch {mesh['batch']} × model {mesh['model']}{share}",
         "batch": f"{plan.global_batch} global, {plan.per_device_batch} per device",
         "steps": f"{plan.steps} ({plan.epochs:.4g} epochs of {plan.steps_per_epoch:.4g} steps)",
         "model": f"{model['name']}, {plan.parameters:,} parameters, {model['dtype']}",

@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import IO
 import pytest
 
 LOCKS = Path("/run/podlaunch-tests")
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+"""By which XLA tells hosts apart. A host of a testbed binds the file of its own over it."""
 NUMBERS = range(1, 251)
 
 
@@ -39,6 +42,10 @@ class Host:
     @property
     def veth(self) -> str:
         return f"{_prefix(self.network)}-{self.number}"  # of 15 characters at most
+
+    @property
+    def boot_id(self) -> str:
+        return str(uuid.uuid5(uuid.NAMESPACE_OID, self.namespace))
 
     def pids(self) -> set[int]:
         """All processes there."""

@@ -85,6 +85,7 @@ class Slurm:
         script = f"hostname {CONTROLLER}; exec slurmctld -D -c -i"
         self._start("slurmctld", CONTROLLER, ["unshare", "--uts", "sh", "-c", script])
         for node in NODES:
+            (self.folder / f"boot-id-{node}").write_text(f"{self.hosts[node].boot_id}\n")
             self.start_node(node)
         self.wait_until_idle()
 
@@ -124,8 +125,8 @@ class Slurm:
 
     def start_node(self, node: str) -> None:
         script = (
-            'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount -t tmpfs local "$2/local-disk"; '
-            'exec slurmd -D -N "$1" -f "$2/slurm.conf"'
+            f'hostname "$1"; mount --bind "$2/boot-id-$1" {network.BOOT_ID}; mount --bind "$2/hosts" /etc/hosts; '
+            'mount -t tmpfs local "$2/local-disk"; exec slurmd -D -N "$1" -f "$2/slurm.conf"'
         )
         self._start(
             node, node, ["unshare", "--uts", "--mount", "sh", "-c", script, "sh", node, str(self.folder)]

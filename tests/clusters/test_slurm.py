@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters.network import BOOT_ID
 from tests.clusters.runs import LAUNCH, SAVE_EVERY, STEPS, Command, Run, wait_until
 from tests.clusters.slurm import NODES, Slurm
 
@@ -76,6 +77,8 @@ def sruns_of(run: Run, attempt: int) -> list[Path]:
 def test_quickstart_trains_on_four_nodes(slurm, make_run):
     recipe = REPOSITORY / "configs" / "quickstart.yaml"
     run = make_run(recipe, os.environ | slurm.environment, stub=False)
+    # jax tells hosts apart by their boot ids.
+    assert len({slurm.on_node(node, "cat", BOOT_ID) for node in NODES}) == len(NODES)
     text = text_of(run.launch(*SHORT, cluster="slurm-4x0"))
     assert "cluster     slurm-4x0: 4 processes × 1 cpu = 4 devices" in text
     assert re.search(r"^completed +step 23 .* 1 attempt", text, re.MULTILINE)

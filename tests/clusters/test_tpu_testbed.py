@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters.network import BOOT_ID
 from tests.clusters.runs import wait_until
 from tests.clusters.tpu import Slice
 from tests.gcs import Server
@@ -67,6 +68,7 @@ def test_four_hosts_with_homes_of_their_own(vms, laptop):
         laptop.tell(k, f"echo {k} > ~/mine")
     assert [laptop.tell(k, "ls ~; cat ~/mine") for k in range(4)] == [f"mine\n{k}" for k in range(4)]
     assert len({laptop.tell(k, "echo ~") for k in range(4)}) == 4
+    assert len({laptop.tell(k, f"cat {BOOT_ID}") for k in range(4)}) == 4
     assert [(vms.home(k) / "mine").read_text() for k in range(4)] == ["0\n", "1\n", "2\n", "3\n"]
     assert laptop.tell(0, "getent hosts t3").split() == [vms.hosts[3].address, "t3"]
 

@@ -54,8 +54,9 @@ SERVICE_ACCOUNT = {
     "token": json.dumps({"access_token": "test", "expires_in": 3600, "token_type": "Bearer"}),
 }
 
-BOOT = """\
+BOOT = f"""\
 hostname "$1"
+mount --bind "$2/boot_id" {network.BOOT_ID}
 mount -t tmpfs -o mode=755 run /run
 mount -t tmpfs -o mode=755 log /var/log
 mkdir /run/sshd; touch /var/log/lastlog
@@ -152,6 +153,7 @@ class Slice:
             "shadow": SHADOW,
             "sshd_config": SSHD.format(folder=folder, address=host.address),
             "authorized_keys": "",
+            "boot_id": f"{host.boot_id}\n",
             "metadata.json": json.dumps(metadata),
         }.items():
             (folder / name).write_text(text)

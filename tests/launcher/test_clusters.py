@@ -188,12 +188,12 @@ def test_invalid_settings_are_refused(name, setting, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "hosts", "devices"),
-    [("tpu-v4-32", 4, 4), ("tpu-v3-8", 1, 8), ("tpu-v5e-8", 1, 8), ("tpu-v4-2x2x4x2", 8, 4)],
+    ("name", "hosts", "devices", "slices"),
+    [("tpu-v4-32", 4, 4, 1), ("tpu-v3-8", 1, 8, 1), ("tpu-v5e-8", 1, 8, 1), ("tpu-v4-2x2x4x2", 8, 4, 2)],
 )
-def test_a_slice_has_a_process_a_vm(name, hosts, devices):
+def test_a_slice_has_a_process_a_vm(name, hosts, devices, slices):
     cluster = TpuCluster(accelerator=name.removeprefix("tpu-"))
-    assert resolve(name) == ClusterSpec(name, "tpu", "tpu", hosts, hosts, devices, cluster)
+    assert resolve(name) == ClusterSpec(name, "tpu", "tpu", hosts, hosts, devices, slices, cluster)
 
 
 def test_a_rehearsal_on_cpus_has_the_same_devices():

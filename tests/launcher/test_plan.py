@@ -68,6 +68,47 @@ def test_mesh_takes_all_devices_and_the_batch_divides_over_it(planned, cluster, 
     assert plan.config["mesh"] == mesh
 
 
+@pytest.mark.parametrize(
+    ("cluster", "model", "told"),
+    [
+        (
+            "local-2x3",
+            3,
+            "mesh.model = 3 divides few of resnet18's channels: each device would hold 0.9996 of",
+        ),
+        ("local-2x5", 5, "mesh.model = 5 divides few of resnet18's channels"),
+        ("local-2x6", 6, "Allowed: 1, 2, 4"),
+        ("slurm-4x8", 16, "does not fit into one of the 4 slices or nodes"),
+        ("slurm-4x8", 16, "32 (4 processes × 8), 8 in each. Allowed: 1, 2, 4, 8"),
+        ("slurm-2x0", 2, "does not fit into one of the 2 slices or nodes"),
+    ],
+)
+def test_a_model_axis_that_crosses_nodes_or_splits_next_to_nothing_is_refused(planned, cluster, model, told):
+    with pytest.raises(UserError) as e:
+        planned(f"mesh.model={model}", "train.batch_size=960", "model.batch_norm=8", cluster=cluster)
+    assert told in str(e.value)
+
+
+def test_a_model_axis_fits_into_a_tpu_slice_but_not_over_two():
+    config = load(Path(configs.__file__).parent / "r50.yaml", ["mesh.model=16"])
+    assert plan_on("tpu-v4-32", config).mesh == {"batch": 1, "model": 16}
+    config = load(Path(configs.__file__).parent / "r50.yaml", ["mesh.model=32"])
+    with pytest.raises(UserError) as e:
+        plan_on("tpu-v4-32x2", config)
+    assert "does not fit into one of the 2 slices" in str(e.value)
+
+
+def plan_on(cluster, config):
+    where = {"name": "r50", "root": "gs://bucket/runs", "config_file": Path("r50.yaml"), "provenance": {}}
+    return make_plan(config, resolve(cluster), **where)
+
+
+@pytest.mark.parametrize(("model", "share"), [(1, 1), (2, 0.5), (4, 0.25)])
+def test_the_plan_tells_what_share_of_the_parameters_a_device_holds(planned, model, share):
+    plan = planned(f"mesh.model={model}")
+    assert plan.parameter_share == pytest.approx(share, rel=0.01)
+
+
 # With batch 64 over 4 devices, a device has 16 images.
 @pytest.mark.parametrize(
     "overrides",

@@ -1,0 +1,72 @@
+"""Over several hosts, as jax tells them apart, a run trains to the losses that it has on one, and moves between them.
+
+XLA makes a slice of each host, and jax.make_mesh refuses several slices. Here the workers share this machine, and
+each has a boot id of its own.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.clusters.network import missing, skip_without
+
+pytestmark = pytest.mark.cluster
+HOSTS = Path(__file__).parents[1] / "hosts"
+SHORT = ("train.steps=12", "optimizer.learning_rate=0.2", "checkpoint.every_steps=null")
+
+
+@pytest.fixture(scope="module")
+def trained_on(make_run):
+    """Trains on hosts that are given process by process; the loss of each step, and the run."""
+    skip_without(missing(()), "hosts")
+
+    def train(cluster, hosts, *overrides, run=None):
+        run = run or make_run(environment={**os.environ, "PYTHONPATH": str(HOSTS)}, stub=False)
+        run.environment["HOSTS"] = hosts
+        launched = run.launch(*SHORT, *overrides, cluster=cluster)
+        assert launched.wait() == 0, launched.text
+        (run.path / "boot-id-0").unlink()  # so each run of them has written its own
+        events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+        return [event.value for event in events.Scalars("train/loss")], run
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def one_host(trained_on):
+    return trained_on("local-2", "a,a")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "hosts", "model"),
+    [("local-2", "a,b", 1), ("local-4", "a,a,b,b", 2), ("local-2x2", "a,b", 2), ("local-4", "a,b,c,d", 1)],
+)
+def test_two_and_four_hosts_train_to_the_losses_of_one(trained_on, one_host, cluster, hosts, model):
+    losses, _ = trained_on(cluster, hosts, f"mesh.model={model}")
+    reference, _ = one_host
+    assert max(reference) - min(reference) > 0.05  # twenty times what follows allows
+    assert losses == pytest.approx(reference, rel=1e-3)
+
+
+def test_a_run_of_one_host_goes_on_over_two_and_over_one_again(trained_on, one_host):
+    _, run = trained_on("local-2", "a,a", "train.steps=4")
+    trained_on("local-2", "a,b", "train.steps=8", run=run)
+    trained_on("local-4", "a,a,a,a", "mesh.model=2", run=run)
+    assert [a["from_step"] for a in run.attempts()] == [0, 4, 8]
+    _, reference = one_host
+    result, expected = run.result()["metrics"], reference.result()["metrics"]
+    assert result["eval/loss"] == pytest.approx(expected["eval/loss"], rel=1e-3)
+    assert result["eval/count"] == expected["eval/count"]
+
+
+def test_a_model_axis_over_two_hosts_is_refused_in_one_line(make_run):
+    run = make_run(environment={**os.environ, "PYTHONPATH": str(HOSTS), "HOSTS": "a,b"}, stub=False)
+    launched = run.launch("mesh.model=2")
+    assert launched.wait() == 2
+    assert (
+        "mesh.model = 2: the run has 2 slices (hosts with an interconnect of their own) of 1 devices"
+        in launched.text
+    )
+    assert "Traceback" not in launched.text
