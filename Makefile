@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+COMPILERS = $(VENV)/compilers
 TESTBED = slurm-wlm munge openssh-server iproute2
 
-.PHONY: help install quickstart test test-fast test-client test-clusters testbed check format lock clean
+.PHONY: help install quickstart test test-fast test-client test-clusters testbed compilers check format lock clean
 
 help:
 	@echo "make install        install the locked packages in $(VENV)"
@@ -15,6 +16,7 @@ help:
 	@echo "make test-client    run those of them that cover what runs on a laptop; also on macOS"
 	@echo "make test-clusters  run the tests that start worker processes, on SLURM and on TPU VMs that they raise"
 	@echo "make testbed        install SLURM and sshd for the tests (as root on Debian)"
+	@echo "make compilers      install the compilers for TPUs and GPUs that the tests need, which need neither (Linux)"
 	@echo "make check          run ruff, mypy and import-linter"
 	@echo "make format         fix and format the code with ruff"
 	@echo "make lock           regenerate requirements.txt and requirements-tpu.txt"
@@ -40,7 +42,7 @@ check: $(READY)
 
 # One step after another, each with its seconds in the file that STEP_SECONDS names, if it names one.
 test:
-	@for step in install check testbed test-fast test-clusters; do \
+	@for step in install check testbed compilers test-fast test-clusters; do \
 	  begun=$$(date +%s); \
 	  $(MAKE) --no-print-directory $$step || exit; \
 	  printf '%6d s  make %s\n' $$(($$(date +%s) - begun)) $$step >>"$${STEP_SECONDS:-/dev/null}"; \
@@ -50,7 +52,7 @@ test-fast: $(READY)
 	$(BIN)/pytest -m "not cluster" --numprocesses 2 --dist worksteal
 
 # They wait much, so more of them than there are cores; the tests of a file share what they have raised and trained.
-test-clusters: $(READY) testbed
+test-clusters: $(READY) testbed compilers
 	$(BIN)/pytest -m cluster --numprocesses 3 --dist loadfile
 
 # Tests of the code that runs on the user's machine. Tests marked linux cover code of hosts, which reads /proc.
@@ -70,6 +72,16 @@ testbed:
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TESTBED) >/dev/null; \
 	else echo "not installed:" $$absent "(Debian: apt-get install $(TESTBED)): the tests that need them are skipped"; fi
 
+# Beside the packages of the environment and not among them: there, jax would load them into each process.
+$(COMPILERS)/.ready: benchmarks/environments/compilers.txt | $(READY)
+	rm -rf $(COMPILERS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(COMPILERS) -r $<
+	@touch $@
+
+compilers:
+	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) --no-print-directory $(COMPILERS)/.ready; \
+	else echo "the compilers for TPUs and GPUs are there for Linux alone: the tests that need them are skipped"; fi
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -81,6 +93,8 @@ lock:
 	  --no-annotate --custom-compile-command "make lock" --quiet -o requirements.txt
 	$(VENV)-lock/bin/uv pip compile setup.py --extra tpu --universal --python-version 3.11 --generate-hashes \
 	  --constraint requirements.txt --no-annotate --custom-compile-command "make lock" --quiet -o requirements-tpu.txt
+	$(VENV)-lock/bin/uv pip compile benchmarks/environments/compilers.in --no-deps --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet -o benchmarks/environments/compilers.txt
 
 clean:
 	rm -rf $(VENV) $(VENV)-lock *.egg-info

@@ -12,12 +12,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
 import yaml
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from configs.errors import UserError
 from configs.schema import RunConfig, num_examples
@@ -27,8 +27,8 @@ from trainer.data.batches import eval_batches, train_batches
 from trainer.evaluate import evaluate
 from trainer.mesh import batch_sharding, make_mesh, per_device_sharding, wait_for_all
 from trainer.metrics import LogInterval, Stopwatch, TensorBoard, bottleneck, fetch_local_rows, logdir
-from trainer.state import Network, TrainState, abstract_state, init_state, make_optimizer, make_schedule
-from trainer.step import Batch, StepMetrics, make_eval_step, make_train_step
+from trainer.state import Network, TrainState, abstract_state, make_init, make_optimizer, make_schedule
+from trainer.step import Batch, StepMetrics, abstract_inputs, make_eval_step, make_train_step
 
 METRICS_LAG = 2
 """Steps that are queued on the devices before the host reads the metrics of the oldest."""
@@ -112,7 +112,7 @@ class _Training:
             state = self._restore(abstract) if self.start_step else None
         if state is None:
             with self.stopwatch.span("initialise"):
-                state = init_state(config, network, optimizer, abstract)
+                state = make_init(config, network, optimizer, abstract, self.mesh)()
         self.leaves, self._structure = jax.tree.flatten(state)
         self.step = self.start_step
 
@@ -126,9 +126,11 @@ class _Training:
         report(phase="compiling", step=self.start_step, start=self.start_step, steps=steps)
         with self.stopwatch.span("compile"):
             train_step = make_train_step(config, network, optimizer, schedule, abstract, self.mesh)
-            self.train_step = _compile(train_step, abstract, config, self.mesh)
-            eval_step = make_eval_step(config, network, abstract.eval_weights(), self.mesh)
-            self.eval_step = _compile(eval_step, abstract.eval_weights(), config, self.mesh)
+            inputs = abstract_inputs(config, self.mesh)
+            self.train_step = train_step.lower(jax.tree.leaves(abstract), *inputs).compile()
+            weights = abstract.eval_weights()
+            eval_step = make_eval_step(config, network, weights, self.mesh)
+            self.eval_step = eval_step.lower(jax.tree.leaves(weights), *inputs).compile()
             # Some processes compile for longer. A collective would give up on them, this barrier does not.
             wait_for_all("compiled")
 
@@ -351,18 +353,3 @@ def _request_maker(
         )
 
     return lambda: array(save_requested(), stop_requested())
-
-
-def _compile(step: jax.stages.Wrapped, state: Any, config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """Compile a step for the shapes of its inputs: leaves of the abstract `state`, batch, requests."""
-    size, pixels = config.train.batch_size, config.data.image_size
-
-    def abstract(shape: tuple[int, ...], dtype: type, sharding: NamedSharding) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    batch = Batch(
-        images=abstract((size, pixels, pixels, 3), np.uint8, batch_sharding(mesh)),
-        labels=abstract((size,), np.int32, batch_sharding(mesh)),
-    )
-    requests = abstract((mesh.size, 2), np.float32, per_device_sharding(mesh))
-    return step.lower(jax.tree.leaves(state), batch, requests).compile()

@@ -142,17 +142,21 @@ def abstract_state(
     )
 
 
-def init_state(
-    config: RunConfig, network: Network, optimizer: optax.GradientTransformation, abstract: TrainState
-) -> TrainState:
-    """A fresh train state with the shardings of `abstract`. Each device makes only its own shards."""
+def make_init(
+    config: RunConfig,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
+) -> jax.stages.Wrapped:
+    """Build the program that makes a fresh TrainState as `abstract` lays it out: each device makes only its shards."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     # This program runs once. On the CPU, optimising it takes several times as long as running it unoptimised.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    fresh = jax.jit(
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(
         lambda: _build_state(config, network, optimizer), out_shardings=shardings, compiler_options=options
     )
-    return fresh()
 
 
 def _build_state(config: RunConfig, network: Network, optimizer: optax.GradientTransformation) -> TrainState:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from configs.schema import RunConfig
 from trainer.augment import augment, normalise
@@ -138,6 +138,20 @@ def make_eval_step(config: RunConfig, network: Network, abstract: Weights, mesh:
         in_shardings=(shardings, batch_sharding(mesh), per_device_sharding(mesh)),
         out_shardings=(replicated_sharding(mesh), batch_sharding(mesh)),
     )
+
+
+def abstract_inputs(config: RunConfig, mesh: Mesh) -> tuple[Batch, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the batch and the requests of both steps, to compile them ahead of time."""
+    size, pixels = config.train.batch_size, config.data.image_size
+
+    def abstract(shape: tuple[int, ...], dtype: type, sharding: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    batch = Batch(
+        images=abstract((size, pixels, pixels, 3), jnp.uint8, batch_sharding(mesh)),
+        labels=abstract((size,), jnp.int32, batch_sharding(mesh)),
+    )
+    return batch, abstract((mesh.size, 2), jnp.float32, per_device_sharding(mesh))
 
 
 def _sum_gradients(

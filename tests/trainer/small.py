@@ -12,7 +12,7 @@ from configs.load import load
 from configs.schema import RunConfig
 from trainer import mesh as meshes
 from trainer.loop import Outcome, train
-from trainer.state import Network, TrainState, abstract_state, init_state, make_optimizer, make_schedule
+from trainer.state import Network, TrainState, abstract_state, make_init, make_optimizer, make_schedule
 from trainer.step import Batch, make_train_step
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -54,7 +54,7 @@ class Trainable:
 
     def init(self) -> TrainState:
         """A fresh state, made by the program that the loop makes it by."""
-        return init_state(self.config, self.network, self.optimizer, self.abstract)
+        return make_init(self.config, self.network, self.optimizer, self.abstract, self.mesh)()
 
     @cached_property
     def _on_host(self) -> TrainState:
