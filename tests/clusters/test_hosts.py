@@ -50,6 +50,16 @@ def test_two_and_four_hosts_train_to_the_losses_of_one(trained_on, one_host, clu
     assert losses == pytest.approx(reference, rel=1e-3)
 
 
+def test_process_0_need_not_have_the_first_rows(trained_on, make_run, one_host):
+    run = make_run(environment={**os.environ, "PYTHONPATH": str(HOSTS), "REVERSED": "1"}, stub=False)
+    losses, _ = trained_on("local-2x2", "a,a", run=run)
+    reference, of_one_host = one_host
+    assert losses == pytest.approx(reference, rel=1e-3)
+    result, expected = run.result()["metrics"], of_one_host.result()["metrics"]
+    assert result["eval/count"] == expected["eval/count"]
+    assert result["eval/loss"] == pytest.approx(expected["eval/loss"], rel=1e-3)
+
+
 def test_a_run_of_one_host_goes_on_over_two_and_over_one_again(trained_on, one_host):
     _, run = trained_on("local-2", "a,a", "train.steps=4")
     trained_on("local-2", "a,b", "train.steps=8", run=run)
