@@ -231,6 +231,13 @@ def in_the_slurm_tests(command: str, shown: list[str]) -> None:
     assert [word for word in words + file if f'"{word}"' not in tests] == []
 
 
+def first_contact(command: str, shown: list[str]) -> None:
+    """A call of the script that tests/clusters/test_first_contact.py runs; its cluster exists."""
+    script, cluster, *_ = command.split()
+    assert os.access(REPOSITORY / script, os.X_OK)
+    assert clusters.resolve(cluster).name == cluster
+
+
 def suggested_by_launch(command: str, shown: list[str]) -> None:
     """A command that a message of `launch` suggests, with another last argument."""
     said = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (google, cloud_tpu))
@@ -263,6 +270,8 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "srun --kill-on-bad-exit=1 launch worker configs/r50.yaml": in_the_slurm_tests,
     "python -m tests.launcher.backends.test_slurm": unchecked,
     "make lock": a_make_target,
+    "deploy/first_contact.sh slurm-2x8": first_contact,
+    "deploy/first_contact.sh tpu-v4-16 --root gs://my-bucket/runs": first_contact,
     ".ci/run": a_script,
     "python3 -m venv .venv": unchecked,
     "source .venv/bin/activate": unchecked,
@@ -359,7 +368,7 @@ def _write_images(desk: Path) -> None:
 
 FINISHED: dict[str, Any] = {
     "report": {
-        "phase": "completed", "step": 90, "epoch": 90 * 64 / 1437, "train/loss": 0.5437,
+        "phase": "completed", "devices": "4 × cpu in 1 slice", "step": 90, "epoch": 90 * 64 / 1437, "train/loss": 0.5437,
         "train/accuracy": 0.9987, "speed/images_per_second": 142.0, "speed/data_wait_share": 0.004,
         "bound": "compute-bound", "data/ready_batches": 4, "eval/accuracy": 358 / 360, "time": 0,
     },

@@ -24,6 +24,8 @@ def status(name: str | None, root: str) -> None:
     report = run.hosts.report(0)
     click.echo(f"run         {run.name} ({state_of(run)})")
     click.echo(f"directory   {run.location}")
+    if "devices" in report:
+        click.echo(f"devices     {report['devices']}")
     if report:
         click.echo(f"progress    {console.progress_text(plan_of(run), report)}")
         click.echo(f"last report {time.time() - report['time']:.0f} s ago, {report.get('phase')}")

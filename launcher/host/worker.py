@@ -195,6 +195,7 @@ def _train(plan: Plan, member: Membership, reporter: Reporter) -> int:
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
         )
     _verify(plan, jax)
+    reporter(devices=_describe_devices(jax))
     start = {"import": imported - BEGUN, "join": time.time() - imported}
 
     def report(**fields: Any) -> None:
@@ -210,6 +211,13 @@ def _train(plan: Plan, member: Membership, reporter: Reporter) -> int:
         # The coordinator is in process 0: if that left first, the others would abort, and the run seem to have failed.
         jax.distributed.shutdown()
     return 0 if outcome.status == "completed" else 75
+
+
+def _describe_devices(jax: Any) -> str:
+    """All devices of the run, such as `32 × NVIDIA H100 80GB HBM3 in 4 slices`; see trainer/mesh.py on slices."""
+    devices = jax.devices()
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return f"{len(devices)} × {devices[0].device_kind} in {num_slices} slice{'s' if num_slices > 1 else ''}"
 
 
 def _configure(jax: Any) -> None:

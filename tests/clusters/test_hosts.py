@@ -44,7 +44,8 @@ def one_host(trained_on):
     [("local-2", "a,b", 1), ("local-4", "a,a,b,b", 2), ("local-2x2", "a,b", 2), ("local-4", "a,b,c,d", 1)],
 )
 def test_two_and_four_hosts_train_to_the_losses_of_one(trained_on, one_host, cluster, hosts, model):
-    losses, _ = trained_on(cluster, hosts, f"mesh.model={model}")
+    losses, run = trained_on(cluster, hosts, f"mesh.model={model}")
+    assert f" × cpu in {len(set(hosts.split(',')))} slices" in run.report()["devices"]
     reference, _ = one_host
     assert max(reference) - min(reference) > 0.05  # twenty times what follows allows
     assert losses == pytest.approx(reference, rel=1e-3)

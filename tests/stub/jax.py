@@ -29,6 +29,10 @@ def local_device_count() -> int:
     return int(os.environ["JAX_NUM_CPU_DEVICES"])
 
 
+def devices() -> list[SimpleNamespace]:
+    return [SimpleNamespace(device_kind="cpu")] * (_processes * local_device_count())
+
+
 def default_backend() -> str:
     return os.environ["JAX_PLATFORMS"]
 
