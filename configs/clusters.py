@@ -175,6 +175,15 @@ def _name(value: str) -> str:
     return value
 
 
+def _zones(value: Any) -> Any:
+    zones = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    if not zones or len({*map(str, zones)}) < len(zones) or not all(isinstance(zone, str) for zone in zones):
+        raise ValueError("must be a zone, or a list of different zones")
+    for zone in zones:
+        _name(zone)
+    return value if isinstance(value, str) else tuple(zones)
+
+
 Name = Annotated[str, AfterValidator(_name)]
 
 
@@ -185,8 +194,9 @@ class TpuCluster(Section):
     """Generation and size, such as `v4-32` in the cluster `tpu-v4-32`; `launch clusters tpu` lists all."""
     project: Name | None = None
     """Google Cloud project; null: the project of the credentials or of gcloud."""
-    zone: Name | None = None
-    """Zone, such as `us-central2-b`; null: gcloud's zone."""
+    zone: Annotated[str | tuple[str, ...], BeforeValidator(_zones)] | None = None
+    """Zone, such as `us-central2-b`, or a list of zones: the first that grants the request wins; null: gcloud's
+    zone."""
     tpu: Name | None = None
     """Name of an existing TPU, which podlaunch neither creates nor deletes."""
     provisioning: Literal["on-demand", "spot", "reserved"] = "on-demand"
@@ -207,8 +217,12 @@ class TpuCluster(Section):
     """Service account of the VMs; null: Compute Engine's default account."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the created resources, for billing. podlaunch adds its own."""
-    valid_until_hours: PositiveFloat | None = None
-    """Hours after which a request that is still queued ends; null: never."""
+    valid_until_hours: Annotated[float, Field(gt=0, le=8760)] = 24.0
+    """Hours to wait for the chips, over all requests of one wait."""
+    on_demand_after_hours: PositiveFloat | None = None
+    """With `provisioning: spot`: hours of waiting after which on-demand chips are requested; null: never."""
+    idle_minutes: Annotated[float, Field(ge=5)] | None = 60.0
+    """Minutes without a worker or launcher after which the TPUs delete themselves; null: never, as with `keep`."""
     reach: Literal["external", "internal", "iap"] = "external"
     """How ssh reaches the VMs: by their external addresses, by their internal addresses, or through the tunnel
     of Identity-Aware Proxy."""
@@ -244,6 +258,13 @@ class TpuCluster(Section):
     def _settings_agree(self) -> Self:
         if self.reservation and self.provisioning != "reserved":
             raise ValueError("reservation needs provisioning = reserved")
+        if self.on_demand_after_hours is not None:
+            if self.provisioning != "spot":
+                raise ValueError("on_demand_after_hours needs provisioning = spot")
+            if self.on_demand_after_hours >= self.valid_until_hours:
+                raise ValueError("on_demand_after_hours must be below valid_until_hours")
+        if self.tpu and len(self.zones) > 1:
+            raise ValueError("tpu needs a single zone")
         if self.iap_group and self.reach != "iap":
             raise ValueError("iap_group needs reach = iap")
         if self.reach == "iap" and not self.iap_group:
@@ -251,6 +272,11 @@ class TpuCluster(Section):
         if self.reach == "external" and not self.external_ips:
             raise ValueError("external_ips = false needs reach = internal or iap")
         return self
+
+    @property
+    def zones(self) -> tuple[str, ...]:
+        """The zones, in the user's order; empty where gcloud's zone is meant."""
+        return (self.zone,) if isinstance(self.zone, str) else self.zone or ()
 
 
 def files() -> list[Path]:

@@ -61,13 +61,20 @@ def estimate(
 
 def describe(estimate: Estimate) -> str:
     """The estimate in one line."""
-    costs = (estimate.usd_per_hour, estimate.usd)
-    hourly, total = ("" if usd is None else f" (${usd:,.2f})" for usd in costs)
     hours = f"{estimate.chip_hours:,.1f}" if estimate.chip_hours >= 1 else f"{estimate.chip_hours:.2g}"
     return (
-        f"{estimate.chips} chips, {estimate.chips} chip-hours{hourly} an hour; "
-        f"at least {hours} chip-hours{total} for the whole run, by the roofline"
+        f"{describe_hourly(estimate)}; "
+        f"at least {hours} chip-hours{_usd(estimate.usd)} for the whole run, by the roofline"
     )
+
+
+def describe_hourly(estimate: Estimate) -> str:
+    """What an hour costs."""
+    return f"{estimate.chips} chips, {estimate.chips} chip-hours{_usd(estimate.usd_per_hour)} an hour"
+
+
+def _usd(usd: float | None) -> str:
+    return "" if usd is None else f" (${usd:,.2f})"
 
 
 def cost_so_far(chips: int, hours: float, price: float | None) -> str:

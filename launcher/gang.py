@@ -5,6 +5,8 @@ backend it has.
 """
 
 import queue
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,13 +40,24 @@ class State:
     """`queued`, `running`, `completed`, `stopped`, `preempted`, `failed`, `interrupted`, or `unknown` for now."""
     detail: str = ""
     """Why the run is queued, or what the scheduler says of its end."""
+    costs: str = ""
+    """What a run that has ended still has, and still costs money."""
 
     @property
     def is_active(self) -> bool:
         return self.status in ("queued", "running", "unknown")
 
     def __str__(self) -> str:
-        return f"{self.status}: {self.detail}" if self.detail else self.status
+        return ": ".join([self.status, *filter(None, [self.detail, self.costs])])
+
+
+@dataclass(frozen=True)
+class Released:
+    """What became of the hosts of a run at its end."""
+
+    sentence: str
+    costs_money: bool = False
+    """Hosts that were to be deleted may still exist."""
 
 
 class Gang(Protocol):
@@ -127,10 +140,12 @@ class Remote(Backend, Protocol):
         """Hosts that `acquire` would create, and their price; None where they exist. Raises UserError where it cannot."""
 
     def acquire(self, plan: Plan, run: RunDirectory) -> None:
-        """Request the hosts, which come later. Raises UserError where the request is refused."""
+        """Request the hosts, which come later; recorded first. Raises UserError where the request is refused."""
 
-    def release(self, plan: Plan, run: RunDirectory) -> str:
-        """Delete the hosts, unless they are to be kept; a sentence that says what was done."""
+    def release(
+        self, plan: Plan, run: RunDirectory, announce: Callable[[str], None], give_up: threading.Event
+    ) -> Released:
+        """Delete the hosts, unless they are to be kept, and try for long; `announce` is told of each failure."""
 
     def shell(self, plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) -> int:
         """Run a shell, or `command`, on a host; its exit code. Raises UserError where the host is not there."""

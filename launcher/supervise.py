@@ -17,8 +17,8 @@ from launcher.gang import PREEMPTED, Executor, Exit, Gang
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-EXIT_DONE, EXIT_USER_ERROR, EXIT_SAVED, EXIT_STOPPED = 0, 2, 75, 130
-EXIT_CODES = {"completed": EXIT_DONE, "preempted": EXIT_SAVED, "stopped": EXIT_STOPPED, "failed": 1}
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVED, EXIT_STOPPED = 0, 1, 2, 75, 130
+EXIT_CODES = {"completed": EXIT_DONE, "preempted": EXIT_SAVED, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
 POLL_SECONDS = 0.1
 TAIL_LINES = 12
 # jax aborts the processes whose peer is gone. The exit of the peer itself, which is the cause, may be seen a moment

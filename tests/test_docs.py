@@ -327,7 +327,7 @@ def cloud(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(name, value)
     plan = _tpu_plan()
     _finished_run(plan)
-    cloud_tpu.CloudTpu("my-project", tpu_api.ZONE).create(tpu._request(plan, None))
+    cloud_tpu.CloudTpu("my-project", tpu_api.ZONE).create(tpu._request(plan, None, "on-demand", 24.0))
     yield desk
     api.close()
     bucket.close()

@@ -126,16 +126,22 @@ class Server:
         self.operations: dict[str, Resource] = {}
         self.log: list[tuple[str, str]] = []
         """HTTP method and path of each request."""
+        self.authorizations: set[str] = set()
+        """Authorization headers that came with requests."""
         self.rejected: list[str] = []
         """Requests that violate the API, with the reason."""
         self.hold = False
         """Whether queued resources wait in the queue until `release()`."""
+        self.held_zones: set[str] = set()
+        """Zones whose queued resources wait in the queue until `release()`."""
         self.answers_host_keys = True
+        self.after: dict[str, Callable[[], None]] = {}
+        """What to call after a request of a method such as `queuedResources.create` was served, before its answer."""
         self.lock = threading.RLock()
         self._started, self._changed, self._ended = started, changed, ended
         self._free = machines
         self._given: dict[str, list[TestMachine]] = {}
-        self._failure: str | None = None
+        self._failures: list[tuple[str, int, str]] = []
         self._faults: list[Fault] = []
         self._numbers = itertools.count(1)
         self._closed = False
@@ -154,6 +160,7 @@ class Server:
         """Let the resources that wait in the queue proceed."""
         with self.lock:
             self.hold = False
+            self.held_zones.clear()
             for name in self.queued_resources:
                 self._later(self._provision, name)
 
@@ -168,9 +175,10 @@ class Server:
                 self._later(self._suspend, queued)
         self._end(name)
 
-    def creation_fails(self, message: str) -> None:
-        """Make the next queued resource fail when it is provisioned."""
-        self._failure = message
+    def creation_fails(self, message: str, *, code: int = 8, times: int = 1, zone: str = "") -> None:
+        """Make the next queued resources, of any zone or of one, fail when they are provisioned."""
+        with self.lock:
+            self._failures += times * [(message, code, zone)]
 
     def fail_next(
         self,
@@ -213,12 +221,13 @@ class Server:
 
     def _provision(self, name: str) -> None:
         with self.lock:
-            if self._state(name) != "WAITING_FOR_RESOURCES" or self.hold:
+            zone = name.split("/")[3]
+            if self._state(name) != "WAITING_FOR_RESOURCES" or self.hold or zone in self.held_zones:
                 return
-            if self._failure:
-                error = {"code": 8, "message": self._failure}
+            if failure := next((f for f in self._failures if f[2] in ("", zone)), None):
+                self._failures.remove(failure)
+                error = {"code": failure[1], "message": failure[0]}
                 self._set(name, "FAILED", failedData={"error": error})
-                self._failure = None
                 return
             nodes = {
                 f"{spec['parent']}/nodes/{i}": spec["node"]
@@ -343,8 +352,12 @@ class Server:
         with self.lock:
             fault = next((f for f in self._faults if f.method in ("", name)), None)
             if fault is None:
-                return copy.deepcopy(handle(self, asked))
-            self._faults.remove(fault)
+                answer = copy.deepcopy(handle(self, asked))
+            else:
+                self._faults.remove(fault)
+        if fault is None:
+            self.after.get(name, lambda: None)()
+            return answer
         if not fault.in_operation:
             raise fault.error
         error = fault.error.error
@@ -608,6 +621,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server_.authorizations |= {*filter(None, [self.headers.get("Authorization")])}
         status, answer = self.server_.answer(
             self.command, url.path, dict(parse_qsl(url.query, keep_blank_values=True)), body
         )

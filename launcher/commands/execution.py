@@ -3,19 +3,21 @@
 import contextlib
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from configs.errors import UserError
 from launcher.commands import console
-from launcher.commands.runs import check_not_in_another_job, states
+from launcher.commands.runs import check_not_in_another_job, is_remote, states
 
 if TYPE_CHECKING:
-    from launcher.gang import Executor
+    from launcher.gang import Executor, Released
     from launcher.plan import Plan
+    from launcher.providers import Resource
     from launcher.rundir import RunDirectory
 
 JOB_PROGRESS_SECONDS = 60.0  # nobody watches the log of a job as it grows
@@ -32,7 +34,7 @@ def train(
     """
     from launcher import backends
     from launcher.rundir import RunHeldError
-    from launcher.supervise import EXIT_DONE, EXIT_SAVED, StopRequest, exit_code, supervise
+    from launcher.supervise import EXIT_DONE, EXIT_FAILED, EXIT_SAVED, StopRequest, exit_code, supervise
 
     job = executor.job_info()["job"]
     if executor.REMOTE and run.is_running():
@@ -45,11 +47,11 @@ def train(
         run.claim_checkpoints(plan)
         if executor.REMOTE and begin:
             _acquire(plan, run, yes=yes)
+        else:
+            run.write_plan(plan)
         stop_request = stack.enter_context(_stopped_by_signals(StopRequest(workers_outlive=executor.REMOTE)))
         seconds = JOB_PROGRESS_SECONDS if requeue else console.PROGRESS_SECONDS
         progress = stack.enter_context(console.Progress(plan, seconds))
-        # Only now: where something above fails, the plan of the earlier launch stays.
-        run.write_plan(plan)
         if begin:
             run.begin_launch(job)
         else:
@@ -70,10 +72,11 @@ def train(
             why = "another launcher has taken it over" if run.is_lost() else "nothing was stopped or deleted"
             progress.print(f"left        {why}; `launch attach {plan.name}` goes on with it")
             return EXIT_DONE if detached else EXIT_SAVED
-        if executor.REMOTE:
-            progress.print("deleting the TPUs")
-            progress.print(backends.get_remote(plan.backend).release(plan, run))
+        released = _release(plan, run, progress.print) if executor.REMOTE else None
     console.print_result(plan, run, result, again=begin and not requeue)
+    if released and released.costs_money:
+        console.echo(released.sentence)  # the last line, since it is the one to act on
+        return EXIT_FAILED
     code = exit_code(result)
     if requeue and code == EXIT_SAVED:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to all processes of the job
@@ -95,7 +98,58 @@ def _acquire(plan: "Plan", run: "RunDirectory", *, yes: bool) -> None:
             if not sys.stdin.isatty():
                 raise UserError("the TPU costs money, and nothing was created; say --yes to create it")
             click.confirm("Create it?", abort=True)
-    remote.acquire(plan, run)
+    with run.planned(plan):
+        remote.acquire(plan, run)
+
+
+def _release(plan: "Plan", run: "RunDirectory", announce: Callable[[str], None]) -> "Released":
+    """Delete the hosts of a run that has ended. It may take long: Ctrl-C and SIGTERM end the tries."""
+    from launcher import backends
+
+    announce("deleting the TPUs")
+    give_up = threading.Event()
+    with _handled([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], lambda *_: give_up.set()):
+        released = backends.get_remote(plan.backend).release(plan, run, announce, give_up)
+    if not released.costs_money:
+        announce(released.sentence)
+    return released
+
+
+def delete_all(project: str | None, resources: "list[Resource]") -> bool:
+    """Delete TPUs of any runs, trying for long; whether all of them are gone."""
+    from launcher.backends import tpu
+
+    give_up, left = threading.Event(), []
+    with _handled([signal.SIGINT, signal.SIGTERM], lambda *_: give_up.set()):
+        for resource in resources:
+            if tpu.delete(project, resource, console.echo, give_up):
+                click.echo(f"deleted     {resource.name}")
+            else:
+                left.append(resource.name)
+    for name in left:
+        click.echo(f"not deleted {name}: IT STILL COSTS MONEY")
+    return not left
+
+
+def clean_up(plan: "Plan", run: "RunDirectory") -> int:
+    """Delete the hosts that a run left behind when it ended without its launcher; 1 where they still cost money."""
+    from launcher.rundir import RunHeldError
+    from launcher.supervise import EXIT_DONE, EXIT_FAILED
+
+    if not is_remote(run) or run.result() is None or not run.resources.left_behind():
+        return EXIT_DONE
+    click.echo(f"left behind {', '.join(rented.name for rented in run.resources.left_behind())}")
+    try:
+        with run.locked():
+            if run.result() is None:
+                return EXIT_DONE  # the run goes on
+            released = _release(plan, run, console.echo)
+    except RunHeldError as e:
+        click.echo(f"not deleted: {e}")
+        return EXIT_FAILED
+    if released.costs_money:
+        click.echo(released.sentence)
+    return EXIT_FAILED if released.costs_money else EXIT_DONE
 
 
 def submit(plan: "Plan", run: "RunDirectory") -> None:
@@ -152,9 +206,16 @@ def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
 def _stopped_by_signals(stop_request: Any) -> Iterator[Any]:
     """Ctrl-C and SIGTERM set `stop_request` while a run is supervised."""
     signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if stop_request.workers_outlive else [])]
-    before = {s: signal.signal(s, stop_request.on_signal) for s in signals}
-    try:
+    with _handled(signals, stop_request.on_signal):
         yield stop_request
+
+
+@contextlib.contextmanager
+def _handled(signals: list[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """A context in which these signals call `handler`."""
+    before = {s: signal.signal(s, handler) for s in signals}
+    try:
+        yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)

@@ -52,7 +52,8 @@ def attach(name: str | None, root: str) -> None:
     if is_remote(run) and state_of(run).is_active:
         with contextlib.suppress(RunHeldError):  # then another launcher looks after it
             sys.exit(execution.train(plan, run, backend_of(run), requeue=False, begin=False))
-    sys.exit(execution.follow(plan, run, again=False))
+    code = execution.follow(plan, run, again=False)
+    sys.exit(execution.clean_up(plan, run) or code)
 
 
 @click.command()
@@ -85,8 +86,10 @@ def list_runs(root: str) -> None:
     if not found:
         click.echo(f"no runs in {root}")
     for run in found:
-        plan, step = plan_of(run), run.hosts.report(0).get("step", 0)
-        click.echo(f"{run.name:<24} {state_of(run).status:<12} step {step}/{plan.steps:<10} {plan.cluster}")
+        plan, state, step = plan_of(run), state_of(run), run.hosts.report(0).get("step", 0)
+        click.echo(f"{run.name:<24} {state.status:<12} step {step}/{plan.steps:<10} {plan.cluster}")
+        if state.costs:
+            click.echo(f"{'':<24} {state.costs}")
 
 
 @click.command()

@@ -57,7 +57,7 @@ def run(
     check_not_in_another_job(directory)
     changes = check_can_resume(plan, directory)
     if is_complete(plan, directory):
-        return
+        sys.exit(execution.clean_up(plan, directory))
     if changes and backend.REMOTE and (state := state_of(directory)).is_active:
         raise UserError(
             f"run {plan.name} is {state}, and was launched with other settings ({'; '.join(changes)}): go on with `launch attach "

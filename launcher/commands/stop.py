@@ -1,6 +1,7 @@
 """`launch stop`: a stop request, and the wait for its effect."""
 
 import contextlib
+import sys
 import time
 
 import click
@@ -25,7 +26,7 @@ def stop(name: str | None, timeout: float, root: str) -> None:
     plan, backend, state = plan_of(run), backend_of(run), state_of(run)
     if not state.is_active:
         click.echo(f"run {run.name} is not running ({state})")
-        return
+        sys.exit(execution.clean_up(plan, run))
     run.request_stop()  # also for a run that begins meanwhile
     if is_remote(run):
         with contextlib.suppress(RunHeldError):  # then the launcher that looks after it ends it
@@ -39,3 +40,4 @@ def stop(name: str | None, timeout: float, root: str) -> None:
         if state.is_active and time.monotonic() > deadline:
             raise UserError(f"run {run.name} has not stopped within {timeout:g} s; see `launch status`")
     click.echo(f"run {run.name} is {state}")
+    sys.exit(execution.clean_up(plan, run))

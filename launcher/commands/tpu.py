@@ -5,6 +5,7 @@ import sys
 import click
 
 from configs.errors import UserError
+from launcher.commands import execution
 from launcher.commands.arguments import root_option
 from launcher.commands.runs import find_run, is_remote, plan_of
 
@@ -66,6 +67,5 @@ def gc(names: tuple[str, ...], project: str | None, delete: bool, yes: bool) -> 
                 "--delete asks for confirmation, and standard input is not a terminal; add --yes to delete without asking"
             )
         click.confirm(f"Delete {', '.join(resource.name for resource in to_delete)}?", abort=True)
-    for resource in to_delete:
-        tpu.delete(project, resource)
-        click.echo(f"deleted     {resource.name}")
+    if not execution.delete_all(project, to_delete):
+        sys.exit(1)

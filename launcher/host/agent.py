@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launcher.host.bootstrap import show_life
 from launcher.host.process import (
     HEARTBEAT_SECONDS,
     host_program,
@@ -108,11 +109,12 @@ class Agent:
         kill_group(self._worker)
 
     def _watch_notices(self) -> None:
-        """Have the workers save, all at a common step, while there is time."""
+        """Have the workers save, all at a common step, while there is time. Until then the VM is in use."""
         while not self.notice:
             time.sleep(NOTICE_SECONDS)
             if self._worker.poll() is not None:
                 return
+            show_life()
             self.notice = metadata.eviction_notice() or ""
         self.request_stop()
 

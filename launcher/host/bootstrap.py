@@ -4,6 +4,7 @@ probe     prints host, disk, clock and the digests of the code that the VM has, 
 receive   unpacks the tar on standard input, and removes files that its manifest does not list
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -14,6 +15,13 @@ import tarfile
 import time
 
 MANIFEST = ".manifest.json"
+ALIVE = "/run/podlaunch/alive"
+
+
+def show_life():  # type: ignore[no-untyped-def]
+    """Tell this VM that it is in use: otherwise deploy/tpu/startup.sh deletes it."""
+    with contextlib.suppress(OSError):  # podlaunch did not create this VM
+        os.utime(ALIVE)
 
 
 def files_below(code):  # type: ignore[no-untyped-def]
@@ -25,6 +33,7 @@ def files_below(code):  # type: ignore[no-untyped-def]
 
 
 def probe(folder):  # type: ignore[no-untyped-def]
+    show_life()
     os.makedirs(folder, exist_ok=True)
     code, files = os.path.join(folder, "code"), {}
     for path, name in files_below(code):

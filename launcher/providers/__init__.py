@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, Protocol
 
+Provisioning = Literal["on-demand", "spot", "reserved"]
 OWNER = "podlaunch-id"
 """Label with the id of the run that a resource belongs to."""
 
@@ -27,9 +28,9 @@ class Request:
     topology: str | None = None
     """Such as 2x2x4, in the place of `accelerator_type`."""
     slices: int = 1
-    provisioning: Literal["on-demand", "spot", "reserved"] = "on-demand"
+    provisioning: Provisioning = "on-demand"
     reservation: str | None = None
-    """Name of the reservation, or its full path."""
+    """Name of the reservation, or its full path; None is any reservation, if `provisioning` is `reserved`."""
     network: str = "default"
     subnetwork: str | None = None
     external_ips: bool = True
@@ -39,8 +40,12 @@ class Request:
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     description: str = ""
-    valid_until_hours: float | None = None
-    """How long the request may wait in the queue; None is without end."""
+    valid_until_hours: float = 24.0
+    """How long the request may wait in the queue. No request waits without end: nobody may be left to delete it."""
+    startup_script: str = field(default="", repr=False)
+    """What each VM runs as root when it starts."""
+    idle_minutes: float | None = None
+    """After so long without a sign of life from a run, `startup_script` has the machines deleted; None is never."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,9 @@ class Condition:
     """The state of a request and its machines."""
 
     status: str
-    """`absent`, `waiting` in the queue, `creating`, `ready`, `repairing` (the machines may come back), `lost` (they
-    do not come back by themselves), or `deleting`."""
+    """`absent`, `waiting` in the queue, `creating`, `ready`, `repairing` (the machines may come back), `unknown` (ask
+    again), `lost` (they do not come back by themselves, another request may), `invalid` (the request failed for a
+    reason that the user must mend), or `deleting`."""
     detail: str = ""
     """What the provider says."""
     owner: str = field(default="", compare=False)

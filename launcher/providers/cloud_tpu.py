@@ -21,6 +21,9 @@ from launcher.providers import OWNER, Condition, Machine, Request, Resource
 ENDPOINT = "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU"
 """gcloud's variable for another address of the API. An address without TLS gets no credentials."""
 ROLE = "roles/tpu.admin"
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+RESOURCE, IDLE = "podlaunch-resource", "podlaunch-idle-seconds"
+"""Metadata of a VM that deploy/tpu/startup.sh reads: its queued resource, and after how many idle seconds to delete it."""
 CALL_SECONDS = 30.0
 RETRY_SECONDS = 60.0
 POLL_SECONDS = 2.0
@@ -40,9 +43,15 @@ _NODE = {
     "RESTARTING": "repairing", "REIMAGING": "repairing", "REPAIRING": "repairing", "STARTING": "repairing",
     "UNHIDING": "repairing",
     "STOPPING": "lost", "STOPPED": "lost", "PREEMPTED": "lost", "TERMINATED": "lost", "HIDING": "lost",
-    "HIDDEN": "lost", "UNKNOWN": "lost",
+    "HIDDEN": "lost", "UNKNOWN": "unknown",
 }  # fmt: skip
-_WORST_FIRST = ("lost", "deleting", "repairing", "creating", "ready")
+_WORST_FIRST = ("lost", "deleting", "unknown", "repairing", "creating", "ready")
+# Why a queued resource FAILED, as google.rpc.Code and in words: these the user must mend, whereas capacity may come
+# back. A request that ends for a reason that Google does not tell is repeated, until the user's own limit.
+_USERS_CODES = {3: "INVALID_ARGUMENT", 5: "NOT_FOUND", 7: "PERMISSION_DENIED", 9: "FAILED_PRECONDITION"}
+_NO_CAPACITY = re.compile(
+    r"capacity|stock-?out|exhausted|enough resources|unavailable|not available|preempt", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -282,7 +291,7 @@ def _queued_resource(request: Request, parent: str) -> Any:
     from google.cloud.tpu_v2 import types
     from google.protobuf.duration_pb2 import Duration
 
-    spec = types.QueuedResource.Tpu.NodeSpec(parent=parent, node=_node(request))
+    spec = types.QueuedResource.Tpu.NodeSpec(parent=parent, node=_node(request, parent))
     if request.slices == 1:
         spec.node_id = request.name
     else:
@@ -291,19 +300,28 @@ def _queued_resource(request: Request, parent: str) -> Any:
     if request.provisioning == "spot":
         queued.spot = {}
     elif request.provisioning == "reserved":
-        queued.guaranteed = {}
-    if request.reservation:
-        path = "" if "/" in request.reservation else f"{parent}/reservations/"
-        queued.reservation_name = path + request.reservation
-    if request.valid_until_hours is not None:
-        seconds = round(3600 * request.valid_until_hours)
-        queued.queueing_policy = {"valid_until_duration": Duration(seconds=seconds)}
+        # As gcloud's v2 asks for it, with neither a tier nor a scheduling config; `-` is any reservation of the project.
+        reservation = request.reservation or "-"
+        queued.reservation_name = (
+            reservation if "/" in reservation else f"{parent}/reservations/{reservation}"
+        )
+    seconds = round(3600 * request.valid_until_hours)
+    queued.queueing_policy = {"valid_until_duration": Duration(seconds=seconds)}
     return queued
 
 
-def _node(request: Request) -> Any:
+def _node(request: Request, parent: str) -> Any:
     from google.cloud.tpu_v2 import types
 
+    metadata = dict(request.metadata)
+    if request.startup_script:
+        # Of the VM's own metadata, only this tells it the name and project of its queued resource.
+        metadata |= {
+            "startup-script": request.startup_script,
+            RESOURCE: f"{parent}/queuedResources/{request.name}",
+        }
+    if request.idle_minutes is not None:
+        metadata[IDLE] = str(round(60 * request.idle_minutes))
     node = types.Node(
         description=request.description,
         runtime_version=request.runtime,
@@ -312,33 +330,37 @@ def _node(request: Request) -> Any:
         ),
         labels=request.labels,
         tags=request.tags,
-        metadata=request.metadata,
+        metadata=metadata,
+        # Without an e-mail address the account is Compute Engine's default. A VM may have to delete itself.
+        service_account=types.ServiceAccount(email=request.service_account or "", scope=[SCOPE]),
     )
     if request.topology:
         node.accelerator_config = types.AcceleratorConfig(type_=request.generation, topology=request.topology)
     else:
         node.accelerator_type = request.accelerator_type
-    if request.service_account:
-        node.service_account = types.ServiceAccount(email=request.service_account)
-    if request.provisioning == "reserved":
-        node.scheduling_config = types.SchedulingConfig(reserved=True)
     return node
 
 
 def _condition(queued: Any, nodes: list[Any]) -> Condition:
     """The condition of a queued resource; where there is none, or it is ACTIVE, the worst condition of its nodes."""
     if queued and _state(queued) != "ACTIVE":
-        message = queued.state.failed_data.error.message
-        return Condition(
-            _QUEUED.get(_state(queued), "repairing"),
-            f"queued resource {_state(queued)}" + (f": {_one_line(message)}" if message else ""),
-        )
+        error = queued.state.failed_data.error
+        status = "invalid" if _is_users(error) else _QUEUED.get(_state(queued), "repairing")
+        why = f": {_one_line(error.message)}" if error.message else ""
+        return Condition(status, f"queued resource {_state(queued)}{why}")
     expected = sum(spec.multislice_params.node_count or 1 for spec in queued.tpu.node_spec) if queued else 0
     if len(nodes) < expected:  # a node was deleted by other means
         return Condition("lost", f"queued resource ACTIVE, with {len(nodes)} of {expected} nodes")
     if not nodes:
         return Condition("absent")
     return min(map(_condition_of_node, nodes), key=lambda condition: _WORST_FIRST.index(condition.status))
+
+
+def _is_users(error: Any) -> bool:
+    """Whether a queued resource FAILED for a reason that the user must mend."""
+    if "quota" in error.message.lower():
+        return True
+    return error.code in _USERS_CODES and not _NO_CAPACITY.search(error.message)
 
 
 def _condition_of_node(node: Any) -> Condition:

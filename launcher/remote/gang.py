@@ -63,7 +63,7 @@ class RemoteGang:
             while not attempt.detached.is_set():
                 with attempt.timed("hosts"):
                     machines = self._hosts.wait(attempt)
-                with connected(attempt.cluster, machines) as ssh:
+                with connected(self._hosts.cluster(attempt), machines) as ssh:
                     if adopted or Preparation(attempt, ssh, self._hosts.name, machines).start():
                         return self._follower.follow(ssh, machines)
                 attempt.stopping.wait(NOTICE_SECONDS)

@@ -20,6 +20,13 @@ from podlaunch import HOME
 
 LOCK = "requirements-tpu.txt"
 SETUP = "deploy/tpu/environment.sh"
+STARTUP = "deploy/tpu/startup.sh"
+
+
+def startup_script() -> str:
+    """What each VM runs when it starts; empty where podlaunch was installed without it."""
+    file = HOME / STARTUP
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def pack(max_mib: float, home: Path = HOME) -> bytes:

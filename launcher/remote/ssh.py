@@ -188,7 +188,7 @@ def _tunnel(cluster: TpuCluster) -> str:
     """The proxy command for Identity-Aware Proxy (https://cloud.google.com/iap/docs/using-tcp-forwarding)."""
     return shlex.join([
         "gcloud", "compute", "start-iap-tunnel", "%h", "%p", "--listen-on-stdin", f"--project={cluster.project}",
-        f"--region={(cluster.zone or '').rpartition('-')[0]}", f"--network={cluster.network or 'default'}",
+        f"--region={''.join(cluster.zones[:1]).rpartition('-')[0]}", f"--network={cluster.network or 'default'}",
         f"--dest-group={cluster.iap_group}",
     ])  # fmt: skip
 

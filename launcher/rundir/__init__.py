@@ -14,9 +14,11 @@ logs/rendezvous-STEP         where the tasks of a SLURM step find process 0
 rendezvous/                  where the VMs of a slice find each other under `launch worker`
 .lock .id       held by the run's launcher; tells the run from one of the same name elsewhere
 lease.json      the lock's counterpart under gs://
+resources.json  what the run rents, from before it is asked for until it is released
 code.tar.gz     the code, for hosts that share no disk with the launcher
 """
 
 from launcher.rundir.directory import RunDirectory, RunHeldError, check_name, list_runs, run_id
+from launcher.rundir.resources import Rented
 
-__all__ = ["RunDirectory", "RunHeldError", "check_name", "list_runs", "run_id"]
+__all__ = ["Rented", "RunDirectory", "RunHeldError", "check_name", "list_runs", "run_id"]

@@ -19,6 +19,8 @@ from launcher.rundir.attempts import Attempts
 from launcher.rundir.hosts import HostFiles, Rendezvous
 from launcher.rundir.job import JobFiles
 from launcher.rundir.lease import LEASE, HeldError
+from launcher.rundir.resources import FILE as RESOURCES
+from launcher.rundir.resources import Resources
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -55,6 +57,7 @@ class RunDirectory:
         self.hosts = HostFiles(self._files)
         self.rendezvous = Rendezvous(self._files)
         self.job = JobFiles(self._files)
+        self.resources = Resources(self._files)
 
     @property
     def path(self) -> Path:
@@ -81,6 +84,27 @@ class RunDirectory:
         """Raises UserError where the directory cannot be written."""
         self._files.write("plan.json", plan.to_json())
 
+    @contextmanager
+    def planned(self, plan: Plan) -> Iterator[None]:
+        """Write the plan before what it needs is rented, so that others find the run if this launcher is killed here.
+
+        Where the context ends by an exception and nothing is rented, all is as it was before.
+        """
+        before = self._files.read("plan.json")
+        self.write_plan(plan)
+        try:
+            yield
+        except BaseException:
+            if self.resources.unreleased():
+                raise
+            if before is None:
+                for name in ("plan.json", "code.tar.gz"):
+                    self._files.delete(name)
+                self.resources.forget()
+            else:
+                self._files.write("plan.json", before)
+            raise
+
     def code(self) -> bytes:
         """The archive of the code for the hosts; empty where there is none."""
         return self._files.read_from("code.tar.gz", 0)
@@ -90,7 +114,7 @@ class RunDirectory:
 
     def has_foreign_files(self) -> bool:
         """Whether this directory, which has no plan, contains files that are not a run's."""
-        ours = (LEASE, "rendezvous", "code.tar.gz")  # these are written before the plan
+        ours = (LEASE, RESOURCES, "rendezvous", "code.tar.gz")  # these may be there without a plan
         return any(not name.startswith(".") and name not in ours for name in self._files.names())
 
     @contextmanager

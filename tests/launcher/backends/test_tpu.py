@@ -2,16 +2,25 @@
 
 import json
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 import configs
+from configs.load import load
+from launcher import clusters
+from launcher.backends import tpu
 from launcher.commands.main import main
+from launcher.plan import Plan, make_plan
 from launcher.providers import OWNER
-from launcher.rundir import run_id
+from launcher.rundir import RunDirectory, run_id
+from launcher.supervise import write_result
 from tests import tpu_api
 from tests.gcs import BUCKET, Fault
 from tests.gcs import Server as Storage
@@ -135,9 +144,6 @@ def test_a_name_that_is_none_of_google(api, gcs, setting):
 
 
 def test_another_zone_while_the_slice_of_the_run_is_there(api, gcs):
-    from launcher.backends import tpu
-    from launcher.rundir import RunDirectory
-
     plan = tpu.resolve(_planned())
     run = RunDirectory(plan.run_directory)
     tpu.acquire(plan, run)
@@ -208,6 +214,188 @@ def test_a_name_that_somebody_else_has_taken(api, gcs):
     assert len(api.queued_resources) == 1
 
 
+# What still costs money after a run has ended
+
+
+class Ended:
+    """A completed run whose launcher was killed between the result and the deletion of the slice."""
+
+    def __init__(self, api: Server):
+        self.api, self.plan = api, tpu.resolve(_planned())
+        api.hold = True
+        self.run = RunDirectory(self.plan.run_directory)
+        with self.run.planned(self.plan):
+            tpu.acquire(self.plan, self.run)
+        self.run.begin_launch(None)
+        self.run.write_result(write_result(self.plan, self.run, "completed") | {"step": self.plan.steps})
+        self.name = tpu._name(self.plan)
+
+    def command(self, name: str, *arguments: str) -> Result:
+        return CliRunner().invoke(main, [name, "--root", ROOT, *arguments])
+
+    def is_deleted(self) -> bool:
+        self.run.refresh()
+        return not self.api.queued_resources and not self.run.resources.unreleased()
+
+
+@pytest.fixture
+def ended(api: Server, monkeypatch: pytest.MonkeyPatch) -> Ended:
+    monkeypatch.setattr("launcher.remote.rental.MIN_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("launcher.remote.rental.MAX_RETRY_SECONDS", 0.02)
+    return Ended(api)
+
+
+@pytest.mark.parametrize("command", ["status", "list"])
+def test_a_slice_that_outlived_its_run_is_shown(ended, command):
+    shown = ended.command(command)
+    assert shown.exit_code == 0, shown.output
+    assert "completed" in shown.stdout
+    assert (
+        f"{ended.name} in {ZONE} of project {PROJECT} still costs money, until `launch attach" in shown.stdout
+    )
+    ended.api.queued_resources.clear()  # deleted by other means
+    assert "costs money" not in ended.command(command).stdout
+
+
+@pytest.mark.parametrize("command", ["attach", "stop"])
+def test_whoever_looks_after_the_run_next_deletes_its_slice(ended, command):
+    done = ended.command(command)
+    assert done.exit_code == 0, done.output
+    assert f"left behind {ended.name}" in done.stdout
+    assert f"deleted     {ended.name}" in done.stdout
+    assert ended.is_deleted()
+    assert "costs money" not in ended.command("status").stdout
+    assert "left behind" not in ended.command(command).stdout
+
+
+def test_the_same_launch_again_deletes_the_slice_of_the_completed_run(ended):
+    done = launch("--yes")
+    assert done.exit_code == 0, done.output
+    assert "is complete" in done.stdout
+    assert ended.is_deleted()
+
+
+def test_a_refused_deletion_is_repeated(ended):
+    ended.api.fail_next(400, "an operation is in progress", method="queuedResources.delete", times=3)
+    done = ended.command("attach")
+    assert done.exit_code == 0, done.output
+    assert "an operation is in progress" in done.stdout
+    assert "trying again in" in done.stdout
+    assert ended.is_deleted()
+
+
+def test_a_deletion_outlives_longer_trouble_than_a_call_does(ended, monkeypatch):
+    monkeypatch.setattr("launcher.providers.cloud_tpu.RETRY_SECONDS", 0.05)
+    ended.api.fail_next(429, "try later", "RATE_LIMIT_EXCEEDED", method="queuedResources.delete", times=4)
+    done = ended.command("attach")
+    assert done.exit_code == 0, done.output
+    assert "try later" in done.stdout
+    assert ended.is_deleted()
+
+
+def test_what_cannot_be_deleted_is_said_last_and_by_the_exit_code(ended, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("launcher.remote.rental.DELETION_SECONDS", 0.0)
+        ended.api.fail_next(403, "Permission denied", method="queuedResources.delete", times=9)
+        for command in ("attach", "stop"):
+            done = ended.command(command)
+            assert done.exit_code == 1
+            last = done.stdout.splitlines()[-1]
+            assert last.startswith(
+                f"not deleted {ended.name} in {ZONE} of project {PROJECT}: IT STILL COSTS MONEY"
+            )
+        assert launch("--yes").exit_code == 1
+        assert CliRunner().invoke(main, ["gc", "--delete", "--yes"]).exit_code == 1
+    ended.api.fail_next(400, method="queuedResources.delete", times=0)
+    ended.api._faults.clear()
+    assert ended.command("attach").exit_code == 0
+    assert ended.is_deleted()
+
+
+def test_gc_records_what_it_deletes(ended):
+    assert CliRunner().invoke(main, ["gc", "--delete", "--yes"]).exit_code == 0
+    assert ended.is_deleted()
+
+
+def test_a_kept_slice_is_no_error_and_is_shown_until_it_is_deleted(ended):
+    plan = replace(ended.plan, submission={**ended.plan.submission, "keep": True})
+    released = tpu.release(plan, ended.run, print, threading.Event())
+    assert (released.costs_money, released.sentence.split()[0]) == (False, "kept")
+    attached = ended.command("attach")
+    assert (attached.exit_code, len(ended.api.queued_resources)) == (0, 1)
+    assert "still costs money, until `launch gc --delete" in ended.command("status").stdout
+    assert CliRunner().invoke(main, ["gc", "--delete", "--yes", ended.name]).exit_code == 0
+    assert "costs money" not in ended.command("status").stdout
+
+
+def test_a_slice_that_an_earlier_launch_left_in_another_zone_is_deleted(api, gcs):
+    place = {"accelerator": "v6e-16", "zone": "us-east5-a"}
+    plan = tpu.resolve(_planned())
+    first = replace(plan, submission={**plan.submission, **place})
+    run = RunDirectory(plan.run_directory)
+    for each, zone in ((first, "us-east5-a"), (plan, ZONE)):
+        with run.planned(each):
+            tpu.acquire(each, run)
+        assert [r.zone for r in run.resources.unreleased()] == [zone]
+        assert [name.split("/")[3] for name in api.queued_resources] == [zone]
+
+
+def test_a_launcher_that_is_killed_at_its_request_leaves_what_the_next_one_needs(api, gcs):
+    api.hold = True
+    arguments = [QUICKSTART, "--root", ROOT, "--cluster", "tpu-v4-32", "--yes"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "podlaunch", *arguments], stdout=subprocess.DEVNULL
+    ) as launched:
+        api.after["queuedResources.create"] = launched.kill
+        launched.wait(60)
+    assert len(api.queued_resources) == 1
+    api.after.clear()
+    listed = CliRunner().invoke(main, ["list", "--root", ROOT])
+    assert listed.stdout.split()[:2] == ["quickstart", "running"]  # its lease has not expired yet
+    for name in list(gcs.contents()):
+        if name.endswith("lease.json"):
+            del gcs.objects[BUCKET, name]
+    run = RunDirectory(f"{ROOT}/quickstart")
+    assert "no launcher looks after it" in str(tpu.state(run))
+    assert run.code()
+    run.request_stop()
+    assert CliRunner().invoke(main, ["attach", "--root", ROOT]).exit_code == 130
+    assert nothing_is_rented(api, run)
+
+
+def test_a_refused_request_leaves_the_earlier_launch_as_it_was(ended):
+    CliRunner().invoke(main, ["attach", "--root", ROOT])
+    before = ended.run.plan()
+    ended.api.fail_next(403, "Permission denied", method="queuedResources.create")
+    refused = launch("--yes", "train.epochs=9")
+    assert_refused(refused, "Permission denied")
+    assert RunDirectory(ended.run.location).plan() == before
+    assert RunDirectory(ended.run.location).result()["status"] == "completed"
+    assert nothing_is_rented(ended.api, ended.run)
+
+
+def test_several_zones_are_requested_at_once_or_not_at_all(api, gcs):
+    zones = "zone=[us-central1-a,us-east5-a]"
+    quoted = launch("--set", zones, cluster="tpu-v6e-16")
+    assert "in us-central1-a or us-east5-a, whichever grants it first, of project test" in quoted.stdout
+    plan = tpu.resolve(_planned("tpu-v6e-16", zones))
+    run = RunDirectory(plan.run_directory)
+    api.hold = True
+    tpu.acquire(plan, run)
+    assert [r.zone for r in run.resources.unreleased()] == ["us-central1-a", "us-east5-a"]
+    assert len(api.queued_resources) == 2
+    tpu.release(plan, run, print, threading.Event())
+    assert nothing_is_rented(api, run)
+    refused = launch("--yes", "--set", f"zone=[us-central1-a,{ZONE}]", cluster="tpu-v6e-16")
+    assert_refused(refused, f"zone {ZONE} has no v6e-16")
+    assert nothing_is_rented(api, run)
+
+
+def nothing_is_rented(api: Server, run: RunDirectory) -> bool:
+    run.refresh()
+    return not api.nodes and not api.queued_resources and not run.resources.unreleased()
+
+
 # What is asked for, and shown without being asked for
 
 
@@ -241,12 +429,11 @@ def test_gc_knows_names(api):
 
 
 def test_gc_tells_age_cost_and_run_and_deletes_what_it_is_told_to(api, gcs):
-    from launcher.backends import tpu
-
     place = f"{ROOT}/quickstart"
     plan = tpu.resolve(_planned())
-    tpu._provider(plan).create(tpu._request(plan, "me:ssh-ed25519 AAAA"))
-    while tpu._provider(plan).condition(tpu._name(plan)).status != "ready":
+    rental = tpu._rental(plan, RunDirectory(place))
+    rental.provider().create(tpu._request(plan, "me:ssh-ed25519 AAAA", "on-demand", 24.0))
+    while rental.condition().status != "ready":
         pass
     listed = CliRunner().invoke(main, ["gc"])
     assert listed.exit_code == 0, listed.output
@@ -258,15 +445,11 @@ def test_gc_tells_age_cost_and_run_and_deletes_what_it_is_told_to(api, gcs):
     assert nothing_was_created(api, gcs)
 
 
-def _planned():
-    from configs.load import load
-    from launcher import clusters
-    from launcher.plan import make_plan
-
+def _planned(cluster: str = "tpu-v4-32", *settings: str) -> Plan:
     path = Path(QUICKSTART)
     return make_plan(
         load(path),
-        clusters.resolve("tpu-v4-32"),
+        clusters.resolve(cluster, (), settings),
         name="quickstart",
         root=ROOT,
         config_file=path,
@@ -275,9 +458,8 @@ def _planned():
 
 
 def test_labels_say_whose_it_is_and_what_it_costs(api):
-    from launcher.backends import tpu
-
-    labels = tpu._request(tpu.resolve(_planned()), None).labels
+    labels = tpu._request(tpu.resolve(_planned()), None, "spot", 1.0).labels
     assert labels[OWNER] == tpu.run_id(f"{ROOT}/quickstart")
     assert (labels["podlaunch-chips"], labels["podlaunch-generation"]) == ("16", "v4")
     assert labels["podlaunch-owner"]
+    assert labels["podlaunch-provisioning"] == "spot"

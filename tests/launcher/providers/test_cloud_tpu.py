@@ -14,7 +14,7 @@ from google.oauth2.credentials import Credentials
 from configs.errors import UserError
 from configs.google import UnreachableError
 from launcher.providers import OWNER, Condition, Request
-from launcher.providers.cloud_tpu import CloudTpu, project_and_zone
+from launcher.providers.cloud_tpu import SCOPE, CloudTpu, project_and_zone
 from tests import tpu_api
 from tests.tpu_api import PROJECT, ZONE, Server, TestMachine
 
@@ -68,7 +68,7 @@ def until(tpu, word, name="podlaunch-x"):
         if seen[-1].status == word:
             return seen
         time.sleep(0.003)
-    raise AssertionError(seen)
+    raise AssertionError(seen[-1])
 
 
 def node_of(server, name="podlaunch-x"):
@@ -96,12 +96,14 @@ def test_on_demand_slice(tpu, server):
     assert all(m.host_keys[0].startswith("ssh-ed25519 AAAA") and len(m.host_keys) == 1 for m in machines)
     assert [m.alias for m in machines] == [f"tpu.{node_of(server)['id']}-{i}" for i in range(4)]
     queued, node = server.queued_resources[QUEUED], node_of(server)
-    assert not {"spot", "guaranteed", "queueingPolicy", "reservationName"} & queued.keys()
+    assert not {"spot", "guaranteed", "reservationName"} & queued.keys()
+    assert queued["queueingPolicy"] == {"validUntilDuration": "86400s"}  # no request waits without end
     assert node["acceleratorType"] == "v4-32"
     assert node["labels"] == REQUEST.labels
     assert node["metadata"] == REQUEST.metadata
     assert node["tags"] == ["podlaunch"]
     assert node["networkConfig"] == {"network": "default", "enableExternalIps": True}
+    assert node["serviceAccount"] == {"scope": [SCOPE]}
     assert "schedulingConfig" not in node
     assert server.rejected == []
 
@@ -124,7 +126,7 @@ def test_spot_in_a_network_of_ones_own(tpu, server):
     assert queued["spot"] == {}
     assert queued["queueingPolicy"] == {"validUntilDuration": "5400s"}
     assert node["networkConfig"] == {"network": "pods", "subnetwork": "pods-1"}
-    assert node["serviceAccount"] == {"email": "trainer@test.iam.gserviceaccount.com"}
+    assert node["serviceAccount"] == {"email": "trainer@test.iam.gserviceaccount.com", "scope": [SCOPE]}
     assert server.rejected == []
 
 
@@ -132,13 +134,14 @@ def test_spot_in_a_network_of_ones_own(tpu, server):
     "reservation", [None, "mine", "projects/o/locations/us-central2-b/reservations/mine"]
 )
 def test_reserved(tpu, server, reservation):
+    """As gcloud's v2 asks for it: a name, and neither a tier nor a scheduling config."""
     tpu.create(replace(REQUEST, provisioning="reserved", reservation=reservation))
     until(tpu, "ready")
     queued = server.queued_resources[QUEUED]
-    assert queued["guaranteed"] == {}
-    assert node_of(server)["schedulingConfig"] == {"reserved": True}
-    paths = {None: None, "mine": f"{PARENT}/reservations/mine"}
-    assert queued.get("reservationName") == paths.get(reservation, reservation)
+    assert not {"spot", "guaranteed"} & queued.keys()
+    assert "schedulingConfig" not in node_of(server)
+    paths = {None: f"{PARENT}/reservations/-", "mine": f"{PARENT}/reservations/mine"}
+    assert queued["reservationName"] == paths.get(reservation, reservation)
     assert server.rejected == []
 
 
@@ -236,12 +239,30 @@ def test_failed_says_why(tpu, server):
     )
 
 
+@pytest.mark.parametrize(
+    ("code", "message", "word"),
+    [
+        (8, "There is no more capacity in the zone", "lost"),
+        (9, "The zone does not have enough resources available", "lost"),
+        (4, "The request expired", "lost"),
+        (0, "", "lost"),
+        (8, "Quota limit 'TPUV4sPerProjectPerZone' has been exceeded", "invalid"),
+        (3, "The runtime version is invalid", "invalid"),
+        (7, "Permission denied on the network", "invalid"),
+    ],
+)
+def test_a_request_that_fails_in_the_queue_is_the_users_or_nobodys(tpu, server, code, message, word):
+    server.creation_fails(message, code=code)
+    tpu.create(REQUEST)
+    assert until(tpu, word)[-1].detail.startswith("queued resource FAILED")
+
+
 @pytest.mark.filterwarnings("ignore:Unrecognized State enum value")
 @pytest.mark.parametrize(
     ("state", "word"),
     [
         ("PREEMPTED", "lost"), ("TERMINATED", "lost"), ("STOPPED", "lost"), ("REPAIRING", "repairing"),
-        ("RESTARTING", "repairing"), ("DELETING", "deleting"), (99, "repairing"),
+        ("RESTARTING", "repairing"), ("DELETING", "deleting"), ("UNKNOWN", "unknown"), (99, "repairing"),
     ],
 )  # fmt: skip
 def test_states_of_a_node(tpu, server, state, word):

@@ -11,15 +11,18 @@ import pytest
 from configs.errors import UserError
 from configs.google import UnreachableError
 from launcher.gang import Exit
-from launcher.providers import Condition, Machine
+from launcher.providers import Condition, Machine, Request
 from launcher.remote import gang as gangs
 from launcher.remote import hosts as module
 from launcher.remote.attempt import RemoteAttempt
 from launcher.remote.gang import RemoteGang
 from launcher.remote.hosts import Hosts
+from launcher.remote.rental import Rental
 from launcher.rundir import RunDirectory
 
 ENDED = -signal.SIGTERM
+ZONE = "us-central2-b"
+REQUEST = Request("mine", "v4-16", "V4", "tpu-ubuntu2204-base")
 
 
 @dataclass
@@ -43,7 +46,7 @@ class MemoryProvider:
         self.calls.append(f"authorize {key}")
 
     def create(self, request: Any) -> None:
-        self.calls.append(f"create {request}")
+        self.calls.append(f"create {request.name}")
 
     def delete(self, name: str) -> None:
         self.calls.append(f"delete {name}")
@@ -85,7 +88,8 @@ def start(planned, gcs, monkeypatch) -> Callable[..., Started]:
         provider = MemoryProvider(
             [c if not isinstance(c, str) else Condition(c) for c in conditions], num_machines
         )
-        hosts = Hosts(provider, "mine", (lambda: "request") if may_replace else None, "me:key")
+        rental = Rental(run, "mine", "test", (ZONE,), lambda project, zone: provider, is_ours=may_replace)
+        hosts = Hosts(rental, lambda provisioning, hours: REQUEST, "me:key")
         number = run.attempts.begin({})
         started.append(
             Started(RemoteGang(RemoteAttempt(plan, run, number), hosts, adopted=False), run, provider)
@@ -112,20 +116,13 @@ def test_stop_request_ends_a_gang_whose_hosts_are_not_there_yet(start):
 def test_lost_hosts_are_deleted_and_requested_again(start):
     started = start("lost", "waiting")
     started.phase("waiting")
-    assert started.provider.calls == ["delete mine", "create request"]
+    assert started.provider.calls == ["delete mine", "create mine"]
 
 
 def test_absent_hosts_are_requested(start):
     started = start("absent", "waiting")
     started.phase("waiting")
-    assert started.provider.calls == ["create request"]
-
-
-def test_request_that_fails_in_the_queue_is_the_users_to_fix(start):
-    first, second = start("waiting", Condition("lost", "no capacity")).exits()
-    assert (first.code, first.host, first.cause) == (2, "mine", "")
-    assert first.error == "it is lost: no capacity"
-    assert second == Exit(1, ENDED)
+    assert started.provider.calls == ["create mine"]
 
 
 def test_hosts_that_may_not_be_replaced_are_missed(start):
