@@ -195,6 +195,11 @@ class Server:
         with self.lock:
             self._faults += times * [Fault(method, Refused(status, message, reason), in_operation)]
 
+    def forgive(self) -> None:
+        """Refuse no more requests."""
+        with self.lock:
+            self._faults.clear()
+
     def service_disabled(self) -> None:
         words = (
             f"Cloud TPU API has not been used in project {PROJECT} before or it is disabled. Enable it by visiting "

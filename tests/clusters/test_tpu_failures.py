@@ -106,6 +106,27 @@ def test_a_launcher_killed_in_the_queue_leaves_what_gc_finds(run: CloudRun, clou
     assert cloud.nothing_is_left
 
 
+def test_a_launcher_killed_before_the_deletion_leaves_it_to_the_next_one(run: CloudRun, cloud: Cloud) -> None:
+    run.hold_at(2)
+    launched = run.launch("train.steps=4", cluster=ONE_VM)
+    run.wait_for_step(2)
+    (k,) = run.machines()
+    cloud.vms.run(k, "sh", "-c", "mkdir -p /run/podlaunch && touch -d @0 /run/podlaunch/alive")
+    age = ("stat", "-c", "%Y", "/run/podlaunch/alive")
+    wait_until(lambda: cloud.vms.run(k, *age).strip() != "0", "the agent shows a sign of life")
+    cloud.api.fail_next(400, "an operation is in progress", method="queuedResources.delete", times=1000)
+    run.let_go()
+    run.wait_until(lambda: "trying again in" in launched.text, "the deletion is refused")
+    launched.process.kill()
+    launched.process.wait()
+    assert run.result()["status"] == "completed"
+    cloud.api.forgive()
+    attached = run.command("attach")
+    assert attached.wait() == 0, attached.text
+    assert f"deleted     {run.slice()}" in attached.text
+    assert cloud.nothing_is_left
+
+
 def test_a_vm_without_sshd_is_named_and_its_slice_given_up_for_another(run: CloudRun, cloud: Cloud) -> None:
     cloud.vms.stop_sshd(1)
     try:
