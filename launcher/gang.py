@@ -139,6 +139,9 @@ class Remote(Backend, Protocol):
     def quote(self, plan: Plan, run: RunDirectory) -> str | None:
         """Hosts that `acquire` would create, and their price; None where they exist. Raises UserError where it cannot."""
 
+    def estimate(self, plan: Plan) -> str:
+        """What the hosts of a plan cost, whether they exist or not. Pure."""
+
     def acquire(self, plan: Plan, run: RunDirectory) -> None:
         """Request the hosts, which come later; recorded first. Raises UserError where the request is refused."""
 

@@ -144,6 +144,7 @@ def _described(plan: Plan) -> str:
 
 
 def estimate(plan: Plan) -> str:
+    """Of an hour, and of the whole run, at each provisioning that the user allows."""
     cluster, config = _cluster(plan), plan.run_config()
     tpu, slices = parse_tpu(cluster.accelerator)
 

@@ -46,14 +46,17 @@ def _print_tpus() -> None:
     row = "{:<17} {:<9} {:>6} {:>5} {:>12} {:>12}   {}".format
     click.echo(row("--cluster", "topology", "chips", "VMs", "GiB a chip", "JAX devices", "runtime"))
     for generation in GENERATIONS.values():
-        for size in generation.sizes:
-            tpu, name = tpu_slice(generation, size), f"tpu-{generation.name}-{size}"
+        for size, topology in generation.sizes.items():
+            tpu, name = tpu_slice(generation, topology), f"tpu-{generation.name}-{size}"
             hbm, devices = generation.hbm_gib, tpu.vms * tpu.devices_per_vm
             click.echo(row(name, tpu.topology, tpu.chips, tpu.vms, hbm, devices, generation.runtime))
     in_cores = ", ".join(g.name for g in GENERATIONS.values() if g.counts == "cores")
     click.echo(f"The size in a name is the number of cores (two per chip) for {in_cores},")
     click.echo("and the number of chips for the others. A topology can replace the size,")
     click.echo("as in tpu-v4-2x2x4. A suffix xN, as in tpu-v4-32x2, requests N slices.")
+    in_cubes = " and ".join(g.name for g in GENERATIONS.values() if g.max_cubes)
+    click.echo(f"Beyond 64 chips, {in_cubes} also have any AxBxC of multiples of 4,")
+    click.echo("such as tpu-v4-4x4x16, and the sizes of these, such as tpu-v5p-640.")
 
 
 @click.command()

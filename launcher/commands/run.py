@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from launcher.commands import console, execution
 from launcher.commands.arguments import make_plan, planning_arguments
 from launcher.commands.data import check_datasets
 from launcher.commands.runs import check_can_resume, check_not_in_another_job, is_complete, state_of
+
+if TYPE_CHECKING:
+    from launcher.plan import Plan
 
 
 @click.command()
@@ -51,6 +54,7 @@ def run(
         )
     if dry_run:
         console.print_plan(plan)
+        _print_price(plan)
         click.echo(backend.render(plan))
         return
     directory = RunDirectory(plan.run_directory)
@@ -95,3 +99,12 @@ def show_plan(config: Path, overrides: tuple[str, ...], as_json: bool, **plannin
         click.echo(plan.to_json())
     else:
         console.print_plan(plan)
+        _print_price(plan)
+
+
+def _print_price(plan: "Plan") -> None:
+    """Of hosts that cost money. `run` shows it where it asks whether to create them."""
+    from launcher import backends
+
+    if backends.get(plan.backend).REMOTE and plan.submission is not None:
+        click.echo(f"price       {backends.get_remote(plan.backend).estimate(plan)}")

@@ -19,6 +19,7 @@ from launcher.providers import Machine
 from launcher.remote.attempt import RemoteAttempt
 from launcher.remote.hosts import Hosts
 from launcher.remote.prepare import remote_program
+from launcher.remote.rental import GONE
 from launcher.remote.ssh import Ssh, last_line
 
 # How often the provider is asked for the condition of the hosts; while one is silent, more often.
@@ -125,7 +126,7 @@ class Follower:
             self._silent_since = dict.fromkeys(self._silent_since, time.monotonic())
             return
         name = self._hosts.name
-        if condition.status in ("lost", "absent", "deleting"):
+        if condition.status in GONE:
             process = min(self.running, default=0)
             host = self._machines[process].internal
             for exit_ in self._attempt.exits_of_all(

@@ -404,6 +404,23 @@ def test_dry_run_asks_nobody(api, gcs):
     assert "accelerator_type: v5litepod-16" in result.stdout
     assert "slices: 2" in result.stdout
     assert "provisioning: spot" in result.stdout
+    assert "startup_script: deploy/tpu/startup.sh" in result.stdout
+    assert api.log == []
+
+
+@pytest.mark.parametrize("words", [["plan"], ["run", "--dry-run"]])
+def test_a_plan_shows_what_it_costs(api, gcs, words):
+    def price(*settings: str) -> str:
+        more = [word for setting in settings for word in ("--set", setting)]
+        shown = CliRunner().invoke(
+            main, [*words, QUICKSTART, "--root", ROOT, "--cluster", "tpu-v4-32", *more]
+        )
+        assert shown.exit_code == 0, shown.output
+        return shown.stdout[shown.stdout.index("price       ") :]
+
+    assert "16 chips, 16 chip-hours ($51.52) an hour; at least" in price()
+    spot = price("provisioning=spot", "on_demand_after_hours=6")
+    assert "on demand, if spot is not granted within 6 h: 16 chips, 16 chip-hours ($51.52) an hour" in spot
     assert api.log == []
 
 

@@ -10,11 +10,13 @@ import pytest
 
 from configs.google import UnreachableError
 from launcher.backends import tpu as backend
+from launcher.gang import PREEMPTED
 from launcher.plan import Plan
 from launcher.providers import Machine
 from launcher.providers.cloud_tpu import CloudTpu
 from launcher.remote import hosts as module
 from launcher.remote.attempt import RemoteAttempt
+from launcher.remote.follow import Follower
 from launcher.remote.hosts import Hosts
 from launcher.remote.ssh import HostError
 from launcher.rundir import RunDirectory
@@ -266,3 +268,29 @@ def test_an_api_out_of_reach_is_asked_again(api, wait, monkeypatch):
         started = wait(A)
         started.phase("no answer")
     assert len(started.end().machines) == 4
+
+
+# While a run goes on there
+
+
+@pytest.mark.parametrize(
+    ("state", "silent_seconds", "causes"),
+    [
+        ("UNKNOWN", 0, []),
+        ("UNKNOWN", 61, [PREEMPTED]),
+        ("READY", 61, ["lost"]),
+        ("PREEMPTED", 0, [PREEMPTED, "", "", ""]),
+    ],
+)
+def test_a_state_that_is_unknown_ends_an_attempt_only_where_hosts_are_silent_too(
+    api, wait, state, silent_seconds, causes
+):
+    started, ended = wait(A).end(), []
+    (node,) = api.nodes.values()
+    node["state"] = state
+    started.run.hosts.write_report(2, {"time": 0.0})
+    follower = Follower(started.attempt, started.hosts, lambda at, exit_: ended.append(exit_.cause))
+    follower._machines = started.machines
+    follower._silent_since = {2: time.monotonic() - silent_seconds} if silent_seconds else {}
+    follower._check_hosts()
+    assert ended == causes
