@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from configs.clusters import TpuCluster
@@ -385,7 +386,8 @@ def delete(
 ) -> bool:
     """Delete a resource, trying for long, and record it in its run; whether it is gone."""
     project = project_and_zone(project, resource.zone)[0]
-    if not delete_for_long(CloudTpu(project, resource.zone), resource.name, announce, give_up):
+    provider = CloudTpu(project, resource.zone)
+    if not delete_for_long(partial(provider.delete, resource.name), resource.name, announce, give_up):
         return False
     with contextlib.suppress(UserError, UnreachableError):  # the record is an extra: the resource is gone
         resources = RunDirectory(resource.description).resources

@@ -20,7 +20,7 @@ def stop(name: str | None, timeout: float, root: str) -> None:
     """Let a running run save and stop; cancel a queued one."""
     from launcher import backends
     from launcher.rundir import RunHeldError
-    from launcher.supervise import write_result
+    from launcher.supervise import EXIT_FAILED, write_result
 
     run = find_run(root, name)
     plan, backend, state = plan_of(run), backend_of(run), state_of(run)
@@ -31,6 +31,8 @@ def stop(name: str | None, timeout: float, root: str) -> None:
     if is_remote(run):
         with contextlib.suppress(RunHeldError):  # then the launcher that looks after it ends it
             execution.train(plan, run, backend, requeue=False, begin=False)
+            if run.resources.left_behind():  # it has tried for long to delete this, and said so
+                sys.exit(EXIT_FAILED)
     # A job in the queue has no step to save, so it is cancelled at once.
     if state.status == "queued" and not backend.REMOTE:
         backends.get_queue(plan.backend).cancel(run)

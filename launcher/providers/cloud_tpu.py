@@ -46,9 +46,9 @@ _NODE = {
     "HIDDEN": "lost", "UNKNOWN": "unknown",
 }  # fmt: skip
 _WORST_FIRST = ("lost", "deleting", "unknown", "repairing", "creating", "ready")
-# Why a queued resource FAILED, as google.rpc.Code and in words: these the user must mend, whereas capacity may come
-# back. A request that ends for a reason that Google does not tell is repeated, until the user's own limit.
-_USERS_CODES = {3: "INVALID_ARGUMENT", 5: "NOT_FOUND", 7: "PERMISSION_DENIED", 9: "FAILED_PRECONDITION"}
+# Codes of google.rpc.Code for why a queued resource FAILED that the user must mend: INVALID_ARGUMENT, NOT_FOUND,
+# PERMISSION_DENIED, FAILED_PRECONDITION; not where the message tells of capacity, which may come back.
+_USERS_CODES = {3, 5, 7, 9}
 _NO_CAPACITY = re.compile(
     r"capacity|stock-?out|exhausted|enough resources|unavailable|not available|preempt", re.I
 )

@@ -111,9 +111,9 @@ class _Wait:
             self._report(f"{rental.name} is {conditions[granted]}: creating it again")
             rental.withdraw(granted)
             return self.step()
-        self._check_limit(conditions)
-        # Where chips are being set up, another request might be granted for nothing.
+        # Where chips are being set up, the wait is about to end, and another request might be granted for nothing.
         if not any(condition.status == "creating" for condition in conditions.values()):
+            self._check_limit(conditions)
             for zone, condition in conditions.items():
                 if self._is_due(zone, condition):
                     self._request(zone, condition)

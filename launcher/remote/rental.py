@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from configs.errors import UserError
 from configs.google import UnreachableError
 from launcher.providers import Condition, Provider, Request
-from launcher.rundir import Rented, RunDirectory
+from launcher.rundir import Rented, RunDirectory, run_id
 
 # Conditions in which machines have to be requested, after what may be left of them is deleted.
 GONE = ("absent", "lost", "invalid", "deleting")
@@ -94,7 +94,7 @@ class Rental:
 
     def withdraw(self, zone: str) -> None:
         """Delete what there is in a zone. Raises UserError and UnreachableError; then it may still exist."""
-        self.provider(zone).delete(self.name)
+        self._delete(self.project, zone, self.name)
         if rented := self.requested(zone):
             self.run.resources.release(rented)
 
@@ -103,8 +103,14 @@ class Rental:
         places = {(self.project, zone, self.name) for zone in self.zones}
         for rented in self.run.resources.left_behind():
             if rented.key not in places:
-                self._provider(rented.project, rented.zone).delete(rented.name)
+                self._delete(*rented.key)
                 self.run.resources.release(rented)
+
+    def _delete(self, project: str, zone: str, name: str) -> None:
+        """Delete machines of this run, and no others: whoever may write to the bucket may write names into its files."""
+        provider = self._provider(project, zone)
+        if provider.condition(name).owner == run_id(self.run.location):
+            provider.delete(name)
 
     def _unreleased(self) -> dict[str, Rented]:
         found = self.run.resources.unreleased()
@@ -119,12 +125,12 @@ class Rental:
         return self.run.resources.unreleased()
 
     def release(self, announce: Callable[[str], None], give_up: threading.Event) -> list[Rented]:
-        """Delete everything that the run rents, for as long as that takes; what may still exist after all tries."""
-        for rented in self.run.resources.unreleased():
-            provider = self._provider(rented.project, rented.zone)
-            if delete_for_long(provider, rented.name, announce, give_up, self._is_lost):
+        """Delete what the run rents and nobody keeps, trying for long; what may still exist after all tries."""
+        for rented in self.run.resources.left_behind():
+            delete = partial(self._delete, *rented.key)
+            if delete_for_long(delete, rented.name, announce, give_up, self._is_lost):
                 self.run.resources.release(rented)
-        return self.run.resources.unreleased()
+        return self.run.resources.left_behind()
 
     def _is_lost(self) -> bool:
         """Another launcher has taken over the run, and may have rented machines of the same name by now."""
@@ -132,17 +138,17 @@ class Rental:
 
 
 def delete_for_long(
-    provider: Provider,
+    delete: Callable[[], None],
     name: str,
     announce: Callable[[str], None],
     give_up: threading.Event,
     is_lost: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Delete machines, trying again until they are gone; whether they are."""
+    """Call `delete` until the machines of this name are gone; whether they are."""
     deadline, pause = time.monotonic() + DELETION_SECONDS, MIN_RETRY_SECONDS
     while not is_lost():
         try:
-            provider.delete(name)
+            delete()
             return True
         except (UserError, UnreachableError) as e:
             announce(f"not deleted {name} yet: {e}; trying again in {pause:.0f} s (Ctrl-C: leave it)")

@@ -311,6 +311,14 @@ def test_what_cannot_be_deleted_is_said_last_and_by_the_exit_code(ended, monkeyp
     assert ended.is_deleted()
 
 
+def test_what_is_not_the_runs_is_not_deleted_whatever_the_bucket_says(ended):
+    for queued in ended.api.queued_resources.values():
+        queued["tpu"]["nodeSpec"][0]["node"]["labels"][OWNER] = "another"
+    for command in ("attach", "stop"):
+        assert ended.command(command).exit_code == 0
+    assert len(ended.api.queued_resources) == 1
+
+
 def test_gc_records_what_it_deletes(ended):
     assert CliRunner().invoke(main, ["gc", "--delete", "--yes"]).exit_code == 0
     assert ended.is_deleted()

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from launcher.remote.attempt import RemoteAttempt
 from launcher.remote.gang import RemoteGang
 from launcher.remote.hosts import Hosts
 from launcher.remote.rental import Rental
-from launcher.rundir import RunDirectory
+from launcher.rundir import RunDirectory, run_id
 
 ENDED = -signal.SIGTERM
 ZONE = "us-central2-b"
@@ -37,7 +37,7 @@ class MemoryProvider:
         condition = self.conditions.pop(0) if len(self.conditions) > 1 else self.conditions[0]
         if isinstance(condition, Exception):
             raise condition
-        return condition
+        return replace(condition, owner=run_id("gs://bucket/runs/quickstart"))
 
     def machines(self, name: str) -> list[Machine]:
         return [Machine(0, k, f"192.0.2.{k}", None, (), f"vm-{k}") for k in range(self.num_machines)]
