@@ -234,7 +234,7 @@ def shell(plan: Plan, run: RunDirectory, host: int, command: tuple[str, ...]) ->
         raise UserError(f"run {run.name} has no hosts now; see `launch status {run.name}`")
     if key := _key(cluster):
         provider.authorize(name, key)
-    with connected(cluster.model_copy(update={"zone": rental.granted_zone()}), machines) as ssh:
+    with connected(cluster.model_copy(update={"zone": rental.zone}), machines) as ssh:
         try:
             return subprocess.run(ssh.command(host, *command, terminal=sys.stdin.isatty())).returncode
         except HostError as e:
@@ -411,7 +411,7 @@ def can_restart(plan: Plan, run: RunDirectory) -> bool:
     if failures and counts[failures[-1]["host"]] >= BAD_VM_FAILURES and not _cluster(plan).tpu:
         with contextlib.suppress(UnreachableError, UserError):  # otherwise the restart tries the same slice
             rental = _rental(plan, run)
-            rental.withdraw(rental.granted_zone() or rental.zones[0])
+            rental.withdraw(rental.zone)
     return True
 
 

@@ -43,7 +43,7 @@ class Hosts:
 
     def cluster(self, attempt: RemoteAttempt) -> TpuCluster:
         """The cluster's settings, with the zone that granted the hosts."""
-        return attempt.cluster.model_copy(update={"zone": self.rental.granted_zone()})
+        return attempt.cluster.model_copy(update={"zone": self.rental.zone})
 
     def wait(self, attempt: RemoteAttempt) -> list[Machine]:
         """The machines, once they are ready. Raises HostError, and StoppedError."""

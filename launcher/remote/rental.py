@@ -55,7 +55,12 @@ class Rental:
 
     def provider(self, zone: str | None = None) -> Provider:
         """The provider of a zone, by default of the one that has the machines."""
-        return self._provider(self.project, zone or self.granted_zone() or self.zones[0])
+        return self._provider(self.project, zone or self.zone)
+
+    @property
+    def zone(self) -> str:
+        """Where the machines are, or may come to be."""
+        return self.granted_zone() or self.zones[0]
 
     def requested(self, zone: str) -> Rented | None:
         """The request that is out in a zone, or has ended there and was not deleted yet."""
