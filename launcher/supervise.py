@@ -82,7 +82,10 @@ def supervise(
     number, from_step = _unfinished(run), 0
     gang = executor.adopt(plan, run, number) if number else None
     if number and gang is None:
-        _record_lost_attempt(run, number)
+        is_complete = has_completed(plan, run)
+        _record_lost_attempt(run, number, "completed" if is_complete else "launcher lost")
+        if is_complete:
+            return write_result(plan, run, "completed")
     info = {"cluster": plan.cluster, "mesh": plan.mesh} | executor.job_info()
     # Of all launchers and jobs of this launch together, so that a requeued job has no new budget.
     restarts = sum(1 for a in run.attempts.of_launch() if a["verdict"] == "failed")
@@ -266,14 +269,20 @@ def _unfinished(run: RunDirectory) -> int:
     return number if number > (records[-1]["attempt"] if records else 0) else 0
 
 
-def _record_lost_attempt(run: RunDirectory, number: int) -> None:
+def has_completed(plan: Plan, run: RunDirectory) -> bool:
+    """Whether the attempt that a lost launcher has left did all steps, by the last report from hosts that may be gone."""
+    outcome = run.hosts.report(0).get("outcome") or {}
+    return bool(_unfinished(run)) and outcome.get("status") == "completed" and outcome["step"] >= plan.steps
+
+
+def _record_lost_attempt(run: RunDirectory, number: int, verdict: str) -> None:
     """Write the missing record of an attempt, from what its hosts reported."""
     records = run.attempts.all()
     from_step = records[-1]["kept_step"] if records else 0
     started = run.attempts.info(number).get("begun", time.time())
     # Nobody saw the end; the newest report is what is known of it.
     ended = max(started, run.hosts.report(0).get("time", started))
-    run.attempts.append(_attempt_record(run, number, ended, from_step, "launcher lost", None))
+    run.attempts.append(_attempt_record(run, number, ended, from_step, verdict, None))
 
 
 def write_result(

@@ -13,7 +13,7 @@ step=${STEP_SECONDS:-10}   # between two looks
 again=${AGAIN_SECONDS:-60} # between two deletions
 max_tries=${MAX_TRIES:-30}
 
-get() { curl -fsS --retry 5 --retry-delay 1 --max-time 30 -H 'Metadata-Flavor: Google' "$metadata/$1"; }
+get() { curl -fsS --retry 5 --retry-delay 1 --retry-connrefused --max-time 30 -H 'Metadata-Flavor: Google' "$metadata/$1"; }
 
 case $(get attributes/accelerator-type) in
   v[234]-*) ;;

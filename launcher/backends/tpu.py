@@ -40,6 +40,7 @@ from launcher.remote.rental import GONE, Rental, delete_for_long
 from launcher.remote.rental import describe as describe_rented
 from launcher.remote.ssh import HostError, connected, public_key
 from launcher.rundir import RunDirectory, run_id
+from launcher.supervise import has_completed
 
 REMOTE = True
 POLL_SECONDS = 5.0
@@ -326,6 +327,10 @@ def state(run: RunDirectory) -> State:
     except (UserError, UnreachableError) as e:
         return State("unknown", f"no launcher supervises it; {e}")
     existing = [condition for condition in conditions if condition.status != "absent"]
+    if not existing and has_completed(plan, run):
+        return State(
+            "queued", f"all steps are done, and its TPUs are gone; `launch attach {run.name}` ends it"
+        )
     if not existing or (_cluster(plan).tpu and not _has_agents(run)):
         return recorded_state(run)
     is_ready = any(condition.status == "ready" for condition in existing)

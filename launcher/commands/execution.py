@@ -34,7 +34,15 @@ def train(
     """
     from launcher import backends
     from launcher.rundir import RunHeldError
-    from launcher.supervise import EXIT_DONE, EXIT_FAILED, EXIT_SAVED, StopRequest, exit_code, supervise
+    from launcher.supervise import (
+        EXIT_DONE,
+        EXIT_FAILED,
+        EXIT_SAVED,
+        StopRequest,
+        exit_code,
+        has_completed,
+        supervise,
+    )
 
     job = executor.job_info()["job"]
     if executor.REMOTE and run.is_running():
@@ -45,7 +53,7 @@ def train(
         if executor.REMOTE and not begin and run.result() is not None:
             raise RunHeldError(f"run {plan.name} has ended meanwhile")
         run.claim_checkpoints(plan)
-        if executor.REMOTE and begin:
+        if executor.REMOTE and begin and not has_completed(plan, run):
             _acquire(plan, run, yes=yes)
         else:
             run.write_plan(plan)

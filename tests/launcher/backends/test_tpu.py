@@ -2,9 +2,11 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -333,6 +335,44 @@ def test_a_kept_slice_is_no_error_and_is_shown_until_it_is_deleted(ended):
     assert "still costs money, until `launch gc --delete" in ended.command("status").stdout
     assert CliRunner().invoke(main, ["gc", "--delete", "--yes", ended.name]).exit_code == 0
     assert "costs money" not in ended.command("status").stdout
+
+
+@pytest.mark.parametrize("words", [["attach"], ["run", QUICKSTART, "--cluster", "tpu-v4-32", "--yes"]])
+def test_a_run_that_completed_on_a_slice_that_is_gone_needs_no_other(api, gcs, words):
+    plan = tpu.resolve(_planned())
+    run = RunDirectory(plan.run_directory)
+    with run.planned(plan):
+        tpu.acquire(plan, run)
+    run.begin_launch(None)
+    run.attempts.begin({"agents": [["folder", "python"]]})
+    run.hosts.write_report(0, {"time": 1.0, "outcome": {"status": "completed", "step": plan.steps}})
+    rental = tpu._rental(plan, run)
+    while rental.condition().status != "ready":
+        pass
+    rental.grant(ZONE)
+    rental.provider().delete(rental.name)  # as the slice does by itself
+    requests = [entry for entry in api.log if entry[0] == "POST"]
+    assert "all steps are done" in CliRunner().invoke(main, ["status", "--root", ROOT]).stdout
+    done = CliRunner().invoke(main, [words[0], "--root", ROOT, *words[1:]])
+    assert done.exit_code == 0, done.output
+    run.refresh()
+    assert (run.result()["status"], run.result()["step"]) == ("completed", plan.steps)
+    assert run.attempts.all()[0]["verdict"] == "completed"
+    assert [entry for entry in api.log if entry[0] == "POST"] == requests
+    assert nothing_is_rented(api, run)
+
+
+def test_ctrl_c_ends_the_tries_to_delete_and_the_last_line_says_what_is_left(ended, tmp_path):
+    ended.api.fail_next(400, "an operation is in progress", method="queuedResources.delete", times=1000)
+    with (tmp_path / "out").open("w") as out:
+        command = [sys.executable, "-m", "podlaunch", "attach", "--root", ROOT]
+        attached = subprocess.Popen(command, stdout=out, stderr=out)
+    while "trying again in" not in (tmp_path / "out").read_text():
+        assert attached.poll() is None, (tmp_path / "out").read_text()
+        time.sleep(0.05)
+    attached.send_signal(signal.SIGINT)
+    assert attached.wait(60) == 1
+    assert "IT STILL COSTS MONEY" in (tmp_path / "out").read_text().splitlines()[-1]
 
 
 def test_a_slice_that_an_earlier_launch_left_in_another_zone_is_deleted(api, gcs):
