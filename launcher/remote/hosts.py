@@ -19,7 +19,7 @@ from launcher.remote.ssh import HostError
 
 MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.5, 10.0
 # Between two requests, where the first was lost in the queue.
-MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 30.0, 900.0
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 10.0, 900.0
 # A node whose state is unknown for so long before anything runs there is given up.
 UNKNOWN_SECONDS = 120.0
 

@@ -17,6 +17,7 @@ from tests.clusters.runs import SAVE_EVERY, Run
 pytestmark = pytest.mark.cluster
 
 QUICKSTART = Path(configs.__file__).with_name("quickstart.yaml")
+NO_CAPACITY = "There is no more capacity in the zone"
 Make = Callable[..., CloudRun]
 
 
@@ -52,8 +53,10 @@ def test_a_preempted_slice_is_created_anew_and_the_run_ends_with_the_same_bits(
     run.freeze(0, 1)
     run.wait_for_step(1)  # it is told of some seconds later
     kept = run.checkpoint_steps()[-1]
+    cloud.api.creation_fails(NO_CAPACITY)
     cloud.api.preempt(run.node())
     assert launched.wait() == 0, launched.text
+    assert f"queued resource FAILED: {NO_CAPACITY}; request 2 goes out in" in launched.text
     first, second = run.attempts()
     assert (first["verdict"], first["failure"]["cause"]) == ("preempted", "preempted")
     assert SAVE_EVERY <= kept == first["kept_step"] == second["from_step"] < STEPS

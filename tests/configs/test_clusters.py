@@ -70,6 +70,20 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
         ("{accelerator: v4-8, labels: {podlaunch-run: x}}", "podlaunch-run is set by podlaunch"),
         ("{accelerator: v4-8, secrets: [A=1]}", "'A=1' is not a valid name of a variable"),
         ("{accelerator: v4-8, valid_until_hours: 0}", "a.valid_until_hours = 0: must be above 0"),
+        ("{accelerator: v4-8, zone: []}", "must be a zone, or a list of different zones"),
+        ("{accelerator: v4-8, zone: [a-b, a-b]}", "must be a zone, or a list of different zones"),
+        ("{accelerator: v4-8, zone: [a-b, 3]}", "must be a zone, or a list of different zones"),
+        ("{accelerator: v4-8, zone: [a-b, a/b]}", "must be a name of lowercase letters, digits and dashes"),
+        ("{accelerator: v4-8, zone: [a-b, b-b], tpu: mine}", "a.tpu needs a single zone"),
+        (
+            "{accelerator: v4-8, on_demand_after_hours: 1}",
+            "a.on_demand_after_hours needs provisioning = spot",
+        ),
+        (
+            "{accelerator: v4-8, provisioning: spot, on_demand_after_hours: 24}",
+            "a.on_demand_after_hours must be below valid_until_hours",
+        ),
+        ("{accelerator: v4-8, idle_minutes: 1}", "a.idle_minutes = 1: must be at least 5"),
     ],
 )
 def test_mistakes_are_told_at_their_line(write, entry, message):
@@ -111,6 +125,15 @@ def test_an_accelerator_makes_a_slice_of_tpus(write):
         accelerator="v4-32", provisioning="reserved", tags=("x", "y"), secrets=("TOKEN",)
     )
     assert found["b"] == SlurmCluster(nodes=1)
+
+
+@pytest.mark.parametrize(("text", "zones"), [("a-b", ("a-b",)), ("[a-b, b-c]", ("a-b", "b-c")), ("null", ())])
+def test_one_zone_or_several(write, text, zones):
+    write(f"a: {{accelerator: v4-32, zone: {text}}}")
+    found = named_clusters()["a"]
+    assert isinstance(found, TpuCluster)
+    assert found.zones == zones
+    assert TpuCluster.model_validate(found.model_dump(mode="json")) == found
 
 
 @pytest.mark.parametrize("model", [SlurmCluster, TpuCluster])
