@@ -74,6 +74,7 @@ class _Zone:
     """When the next request may go out, by the monotonic clock."""
     lost: float | None = None
     """When the request was made whose loss was seen last."""
+    why_lost: str = ""
     refused: str = ""
     """Why the last request was refused."""
     unknown_since: float | None = None
@@ -150,7 +151,9 @@ class _Wait:
                 raise HostError(0, self._rental.name, f"in {zone} it is {condition}", is_users=True)
         limit = self._cluster.valid_until_hours
         if self._waited_hours() >= limit:
-            message = f"no capacity within valid_until_hours = {limit:g} ({self._details(conditions)})"
+            losses = {zone: self._zones[zone].why_lost or c.detail for zone, c in conditions.items()}
+            why = "; ".join(f"{zone}: {loss}" for zone, loss in losses.items())
+            message = f"no capacity within valid_until_hours = {limit:g} ({why})"
             again = "launch again to wait longer, or name other zones or another size"
             raise HostError(0, self._rental.name, f"{message}: {again}", is_users=True)
 
@@ -167,7 +170,7 @@ class _Wait:
             is_other = rented is not None and rented.provisioning != self._provisioning()
             return is_other and condition.status == "waiting"
         if rented and rented.requested != state.lost:  # it was lost in the queue
-            state.lost = rented.requested
+            state.lost, state.why_lost = rented.requested, condition.detail
             state.postpone()
         return time.monotonic() >= state.due
 

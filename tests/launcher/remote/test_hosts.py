@@ -63,7 +63,7 @@ class Waiting:
 
     def end(self) -> "Waiting":
         """Once the wait is over."""
-        self._thread.join(30)
+        self._thread.join(60)
         assert not self._thread.is_alive(), self.phase()
         return self
 
@@ -76,7 +76,7 @@ class Waiting:
 
 
 def until(holds: Callable[[], Any], what: str = "") -> Any:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (found := holds()):
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
@@ -139,20 +139,29 @@ def test_a_request_that_fails_by_the_users_mistake_is_not_repeated(api, wait, co
     assert num_requests(api) == 1
 
 
-def test_the_users_limit_counts_over_all_requests_and_launchers(api, wait):
+def test_the_users_limit_counts_over_all_requests(api, wait):
     api.creation_fails(NO_CAPACITY, times=10_000)
+    started = wait(valid_until_hours=1.0)
+    started.phase("request 3 goes out")
+    resources = started.run.resources
+    # As if it had waited for an hour; again, since the launcher writes the same file.
+    until(lambda: resources.write_waiting_since(time.time() - 3600) or started.error)
+    assert isinstance(started.error, HostError)
+    assert started.error.is_users
+    assert f"no capacity within valid_until_hours = 1 ({A}: queued resource FAILED" in str(started.error)
+    assert NO_CAPACITY in str(started.error)
+
+
+def test_the_users_limit_counts_over_all_launchers(api, wait):
+    api.hold = True
     first = wait(valid_until_hours=1.0)
-    first.phase("request 3 goes out")
+    until(lambda: api.queued_resources)
     first.stop()
     first.end()
     resources = first.run.resources
-    resources.write_waiting_since(resources.waiting_since() - 3599)  # as if it had waited for an hour
-    again = wait(valid_until_hours=1.0)
-    error = again.end().error
-    assert isinstance(error, HostError)
-    assert error.is_users
-    assert "no capacity within valid_until_hours = 1" in str(error)
-    assert NO_CAPACITY in str(error)
+    resources.write_waiting_since(resources.waiting_since() - 3600)
+    assert "no capacity within valid_until_hours = 1" in str(wait(valid_until_hours=1.0).end().error)
+    assert num_requests(api) == 1
 
 
 def test_each_request_may_wait_as_long_as_the_user_has_left(api, wait):
