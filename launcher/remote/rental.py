@@ -118,8 +118,10 @@ class Rental:
             provider.delete(name)
 
     def _unreleased(self) -> dict[str, Rented]:
-        found = self.run.resources.unreleased()
-        return {r.zone: r for r in found if (r.project, r.name) == (self.project, self.name)}
+        """By zone; not what an earlier launch has kept elsewhere."""
+        found = {rented.key: rented for rented in self.run.resources.unreleased()}
+        keys = {zone: (self.project, zone, self.name) for zone in self.zones}
+        return {zone: found[key] for zone, key in keys.items() if key in found}
 
     # How it ends
 

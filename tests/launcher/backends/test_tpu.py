@@ -387,6 +387,21 @@ def test_a_slice_that_an_earlier_launch_left_in_another_zone_is_deleted(api, gcs
         assert [name.split("/")[3] for name in api.queued_resources] == [zone]
 
 
+def test_a_slice_that_an_earlier_launch_has_kept_in_another_zone_is_left_alone(api, gcs):
+    plan = tpu.resolve(_planned())
+    place = {"accelerator": "v6e-16", "zone": "us-east5-a", "keep": True}
+    first = replace(plan, submission={**plan.submission, **place})
+    run = RunDirectory(plan.run_directory)
+    tpu.acquire(first, run)
+    tpu._rental(first, run).grant("us-east5-a")
+    tpu.release(first, run, print, threading.Event())
+    tpu.acquire(plan, run)
+    assert tpu._rental(plan, run).granted_zone() is None
+    assert not tpu.release(plan, run, print, threading.Event()).costs_money
+    assert [(r.zone, r.kept) for r in run.resources.unreleased()] == [("us-east5-a", True)]
+    assert len(api.queued_resources) == 1
+
+
 def test_a_launcher_that_is_killed_at_its_request_leaves_what_the_next_one_needs(api, gcs):
     api.hold = True
     arguments = [QUICKSTART, "--root", ROOT, "--cluster", "tpu-v4-32", "--yes"]
