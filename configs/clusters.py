@@ -100,6 +100,10 @@ Labels = Annotated[dict[str, str], AfterValidator(_labels)]
 Texts = Annotated[tuple[Text, ...], from_list]
 
 
+# Plans of earlier launches may have null, which meant to wait without end.
+Hours = Annotated[float, Field(gt=0, le=8760), BeforeValidator(lambda v: 24.0 if v is None else v)]
+
+
 class ContainerConfig(Section):
     """A container for the workers, started by pyxis (https://github.com/NVIDIA/pyxis)."""
 
@@ -217,7 +221,7 @@ class TpuCluster(Section):
     """Service account of the VMs; null: Compute Engine's default account."""
     labels: Labels = Field(default_factory=dict)
     """Labels of the created resources, for billing. podlaunch adds its own."""
-    valid_until_hours: Annotated[float, Field(gt=0, le=8760)] = 24.0
+    valid_until_hours: Hours = 24.0
     """Hours to wait for the chips, over all requests of one wait."""
     on_demand_after_hours: PositiveFloat | None = None
     """With `provisioning: spot`: hours of waiting after which on-demand chips are requested; null: never."""

@@ -136,6 +136,12 @@ def test_one_zone_or_several(write, text, zones):
     assert TpuCluster.model_validate(found.model_dump(mode="json")) == found
 
 
+def test_a_wait_without_end_is_one_of_a_day():
+    assert (
+        TpuCluster.model_validate({"accelerator": "v4-8", "valid_until_hours": None}).valid_until_hours == 24
+    )
+
+
 @pytest.mark.parametrize("model", [SlurmCluster, TpuCluster])
 def test_every_setting_explains_itself(model):
     assert [name for name, field in model.model_fields.items() if not field.description] == []
