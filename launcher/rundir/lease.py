@@ -54,8 +54,11 @@ class Lease:
             if not watched:
                 watched, deadline = blob.generation, time.monotonic() + LEASE_SECONDS
             if blob.generation != watched:
-                holder = json.loads(self._read(blob) or "{}")
-                raise HeldError(f"process {holder['pid']} on {holder['host']}" if holder else "")
+                text = self._read(blob)
+                if text is None:  # renewed once more meanwhile
+                    continue
+                holder = json.loads(text)
+                raise HeldError(f"process {holder['pid']} on {holder['host']}")
             age = time.time() - blob.updated.timestamp()
             if age > LEASE_SECONDS + CLOCK_SECONDS or time.monotonic() > deadline:
                 self._generation = watched  # so that the next `_put` replaces the lease
