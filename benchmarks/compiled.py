@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from pathlib import Path
 
 COMPILERS = Path(os.environ.get("COMPILERS", Path(sys.prefix) / "compilers"))
@@ -38,6 +39,12 @@ COLLECTIVE = re.compile(
     r" = (?P<shape>\(.*?\)|\S+) "
     r"(?P<op>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|send)(-start)?\((?P<rest>.*)"
 )
+COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[^\s(]+) \(.*\{$")
+INSTRUCTION = re.compile(
+    r"^ +(?:ROOT )?(?P<name>%\S+) = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][a-z0-9-]*)\((?P<rest>.*)"
+)
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all")
+"""Operations that move no bytes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,9 @@ class Compiled:
     """Part of the arguments whose memory becomes that of results."""
     temporary_bytes: int
     accessed_bytes: float | None
-    """Bytes that all operations of one device read and write; None where the compiler does not tell."""
+    """Bytes that all operations of one device read and write; None where the compiler does not tell, as for GPUs."""
+    counted_bytes: int
+    """The same, as the text of the program has it: see `counted_bytes`."""
 
 
 def prepare_environment() -> None:
@@ -152,16 +161,17 @@ def compiled_programs(cluster: str, recipe: Path, overrides: list[str]) -> Itera
         begun = time.perf_counter()
         compiled = function.lower(*arguments).compile()
         seconds = time.perf_counter() - begun
-        memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
         yield Compiled(
             program=program,
             compile_seconds=round(seconds, 1),
-            collectives=list(collectives_of(compiled.as_text())),
+            collectives=list(collectives_of(text)),
             argument_bytes=memory.argument_size_in_bytes,
             output_bytes=memory.output_size_in_bytes,
             donated_bytes=memory.alias_size_in_bytes,
             temporary_bytes=memory.temp_size_in_bytes,
             accessed_bytes=cost.get("bytes accessed"),
+            counted_bytes=counted_bytes(text),
         )
 
 
@@ -174,9 +184,50 @@ def collectives_of(text: str) -> Iterator[Collective]:
         yield Collective(
             op=match["op"],
             dtypes=sorted({dtype for dtype, _ in arrays}),
-            bytes=sum(BYTES[d] * math.prod(int(n) for n in dims.split(",") if n) for d, dims in arrays),
+            bytes=sum(starmap(_size, arrays)),
             groups=_groups(match["rest"]),
         )
+
+
+def counted_bytes(text: str) -> int:
+    """Bytes that one run of a compiled program reads and writes: operands plus results of all that it executes.
+
+    An operation that reads a part of its operand is counted with the whole; what stays in a cache is counted, too.
+    """
+    computations: dict[str, list[re.Match[str]]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if header := COMPUTATION.match(line):
+            name = header["name"]
+            entry = name if header["entry"] else entry
+            computations[name] = []
+        elif instruction := INSTRUCTION.match(line):
+            computations[name].append(instruction)
+    return _bytes_of(entry, computations)
+
+
+def _bytes_of(computation: str, computations: dict[str, list[re.Match[str]]]) -> int:
+    sizes: dict[str, int] = {}
+    total = 0
+    for instruction in computations[computation]:
+        op, rest = instruction["op"], instruction["rest"]
+        size = sum(starmap(_size, re.findall(r"(\w+)\[([\d,]*)\]", instruction["shape"])))
+        sizes[instruction["name"]] = size
+        if op in ("call", "while"):  # as of a CUDA graph, or of micro-batches
+            body = re.search(r"(?:to_apply|body)=%?([^\s,]+)", rest)
+            times = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+            assert body is not None
+            total += _bytes_of(body[1], computations) * (int(times[1]) if times else 1)
+        elif op.endswith("-done"):  # where an asynchronous operation ends, it has read what it has written
+            total += 2 * size
+        elif op not in FREE and not op.endswith("-start"):
+            operands = re.findall(r"%[^\s,()]+", rest.split("), ")[0])
+            total += size + sum(sizes.get(operand, 0) for operand in operands)
+    return total
+
+
+def _size(dtype: str, dims: str) -> int:
+    return BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _groups(text: str) -> list[list[int]]:
@@ -192,7 +243,7 @@ def _row(c: Compiled) -> list[str]:
     sent = [x for x in c.collectives if x.op == "send"]
     within = [x for x in c.collectives if x.op != "send"]
     mib = 2**20
-    accessed = "" if c.accessed_bytes is None else f"{c.accessed_bytes / 1e9:.1f}"
+    accessed = f"{(c.counted_bytes if c.accessed_bytes is None else c.accessed_bytes) / 1e9:.1f}"
     return [
         c.program,
         f"{c.compile_seconds:.0f}",

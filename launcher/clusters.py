@@ -15,7 +15,7 @@ from configs.clusters import SlurmCluster, TpuCluster, files, named_clusters
 from configs.errors import UserError
 from configs.load import nearest, with_settings
 from launcher.accelerators import TpuSlice, parse_tpu
-from launcher.machine.devices import has_cuda_plugin, num_nvidia_gpus
+from launcher.machine.devices import cuda_advice, has_cuda_plugin, num_nvidia_gpus
 from launcher.machine.metadata import TpuWorker
 from launcher.machine.slurm import SlurmTask
 from launcher.plan import ClusterSpec
@@ -178,6 +178,6 @@ def _this_machine() -> ClusterSpec:
     if gpus and not has_cuda_plugin():
         raise UserError(
             f"cluster = local: this machine has {gpus} NVIDIA GPUs, but jax is installed without CUDA: "
-            f"pip install 'podlaunch[cuda12]', or train on the CPU with --cluster {CPU_DEFAULT}"
+            f"{cuda_advice()}, or train on the CPU with --cluster {CPU_DEFAULT}"
         )
     return ClusterSpec("local", "local", "gpu" if gpus else "cpu", 1, 1, gpus or 1)

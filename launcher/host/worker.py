@@ -19,6 +19,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.files import cache_folder
+from launcher.machine.devices import cuda_advice, has_cuda_plugin, num_nvidia_gpus
 from launcher.machine.provenance import differences
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
@@ -241,6 +242,10 @@ def _check_code(plan: Plan) -> None:
 def _verify(plan: Plan, jax: Any) -> None:
     """Raises UserError where the devices are not the planned ones, as where a process has not found its peers."""
     processes, devices, platform = jax.process_count(), jax.local_device_count(), jax.default_backend()
+    if plan.platform == "gpu" and platform == "cpu" and not has_cuda_plugin() and (gpus := num_nvidia_gpus()):
+        raise UserError(
+            f"{socket.gethostname()} has {gpus} NVIDIA GPUs, but its jax is installed without CUDA: {cuda_advice()}"
+        )
     if (processes, devices, platform) != (plan.processes, plan.devices_per_process, plan.platform):
         raise UserError(
             f"process {jax.process_index()} on {socket.gethostname()} sees {processes} processes, {devices} local "

@@ -27,6 +27,23 @@ def has_cuda_plugin() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
 
 
+def cuda_advice(driver: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """What the user has to do on this machine so that its jax finds the NVIDIA GPUs, as the end of a sentence."""
+    try:
+        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 …", then a line on the compiler.
+        found = re.search(r"^NVRM.*? (\d+)\.\d+", driver.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is None:
+        return "pip install 'podlaunch[cuda12]' (or cuda13, for an NVIDIA driver of version 580 or newer)"
+    # https://docs.jax.dev/en/latest/installation.html
+    version = int(found[1])
+    if version < 525:
+        return f"update the NVIDIA driver to 525 or newer (it is {version}), then pip install 'podlaunch[cuda12]'"
+    extra = "cuda13" if version >= 580 else "cuda12"
+    return f"pip install 'podlaunch[{extra}]' (the NVIDIA driver is {version})"
+
+
 def tpu_chips(dev: Path = Path("/dev")) -> list[Path]:
     """Device files of the TPU chips of this machine. Older generations are accel*, newer ones are in vfio/."""
     files = [*dev.glob("accel*"), *dev.glob("vfio/*")]

@@ -255,6 +255,7 @@ def test_local_is_all_gpus_of_this_machine_where_jax_has_cuda(monkeypatch, has_c
         assert resolve("local") == default_cluster() == ClusterSpec("local", "local", "gpu", 1, 1, 8)
     else:
         with pytest.raises(
-            UserError, match="this machine has 8 NVIDIA GPUs, but jax is installed without CUDA"
+            UserError,
+            match=r"this machine has 8 NVIDIA GPUs, but jax is installed without CUDA: pip install 'podlaunch\[cuda1[23]]'",
         ):
             resolve("local")

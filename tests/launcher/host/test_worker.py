@@ -1,10 +1,13 @@
 """A worker's place in the gang comes from four environment variables, which must be set together."""
 
 import signal
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from configs.errors import UserError
+from launcher.host import worker
 from launcher.host.worker import Membership, StopSignal, membership
 
 NAMES = ("LAUNCH_COORDINATOR", "LAUNCH_PROCESSES", "LAUNCH_PROCESS")
@@ -62,3 +65,24 @@ def test_sigterm_ends_a_worker_until_the_loop_first_asks_and_is_a_stop_request_t
     assert [stop_requested(), stop_requested()] == [False, False]
     signal.raise_signal(signal.SIGTERM)
     assert [stop_requested(), stop_requested()] == [True, True]
+
+
+def planned(platform):
+    return SimpleNamespace(
+        cluster="mine", processes=1, devices_per_process=jax.local_device_count(), platform=platform
+    )
+
+
+def test_a_node_with_gpus_and_a_jax_without_cuda_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr(worker, "num_nvidia_gpus", lambda: 8)
+    with pytest.raises(
+        UserError, match=r"has 8 NVIDIA GPUs, but its jax is installed without CUDA: pip install"
+    ):
+        worker._verify(planned("gpu"), jax)
+
+
+def test_a_node_without_gpus_is_not_the_planned_one(monkeypatch):
+    monkeypatch.setattr(worker, "num_nvidia_gpus", lambda: 0)
+    with pytest.raises(UserError, match="local devices of platform cpu; the plan for cluster"):
+        worker._verify(planned("gpu"), jax)
+    worker._verify(planned("cpu"), jax)
