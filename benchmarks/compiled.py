@@ -43,7 +43,16 @@ COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[^\s(]+) \(.*\{$")
 INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?(?P<name>%\S+) = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][a-z0-9-]*)\((?P<rest>.*)"
 )
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all")
+FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "partition-id",
+    "replica-id",
+    "after-all",
+)
 """Operations that move no bytes."""
 
 

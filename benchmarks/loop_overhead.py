@@ -39,12 +39,12 @@ class BareLoop:
         s = setup(config, steps=steps)
         self._leaves = random_leaves(s.abstract)
         self._inputs = s.batch, s.requests
-        self._step = s.step.lower(self._leaves, *self._inputs).compile()
+        self.step = s.step.lower(self._leaves, *self._inputs).compile()
 
     def seconds(self, steps: int) -> float:
         begun = time.perf_counter()
         for _ in range(steps):
-            self._leaves, _ = self._step(self._leaves, *self._inputs)
+            self._leaves, _ = self.step(self._leaves, *self._inputs)
         jax.block_until_ready(self._leaves)
         return time.perf_counter() - begun
 
@@ -84,7 +84,7 @@ def main() -> None:
     turns = TakingTurns(BareLoop(config, steps=total), rounds=args.rounds, steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder))
-        run.attempts.begin()
+        run.attempts.begin({})
         report = Reporter(run, Membership(None, 1, 0))
         train(config, steps=total, directory=run.path, report=report, stop_requested=turns)
     table, images = [], steps * config.train.batch_size

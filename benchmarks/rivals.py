@@ -83,8 +83,8 @@ def write_images(folder: Path, num_images: int) -> None:
             os.link(file, folder / copy)
 
 
-def python_of(environment: str | None, folder: Path) -> str | None:
-    """The interpreter of an environment, which is made unless it is there; None if that fails."""
+def python_of(environment: str | None, folder: Path, limit_seconds: float | None = None) -> str | None:
+    """The interpreter of an environment, which is made unless it is there; None if that fails, or takes too long."""
     if environment is None:
         return sys.executable
     requirements = BENCHMARKS / "environments" / f"{environment}.txt"
@@ -94,7 +94,13 @@ def python_of(environment: str | None, folder: Path) -> str | None:
         print(f"{environment}: installing into {place}", flush=True)
         venv.create(place, with_pip=True, clear=True, symlinks=True)
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
-        done = subprocess.run([*command, str(requirements)], capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                [*command, str(requirements)], capture_output=True, text=True, timeout=limit_seconds
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{environment}: left out, not installed within {limit_seconds:.0f} s")
+            return None
         if done.returncode:
             print(f"{environment}: left out, {last_line(done.stderr)}")
             return None
