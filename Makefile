@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 COMPILERS = $(VENV)/compilers
 TESTBED = slurm-wlm munge openssh-server iproute2
 
-.PHONY: help install quickstart test test-fast test-client test-clusters testbed compilers check format lock clean
+.PHONY: help install quickstart test test-fast test-client test-clusters test-gpu testbed compilers check format lock clean
 
 help:
 	@echo "make install        install the locked packages in $(VENV)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-fast      run the tests that start no worker processes"
 	@echo "make test-client    run those of them that cover what runs on a laptop; also on macOS"
 	@echo "make test-clusters  run the tests that start worker processes, on SLURM and on TPU VMs that they raise"
+	@echo "make test-gpu       run the tests that need an NVIDIA GPU, with a jax that has CUDA in $(VENV)"
 	@echo "make testbed        install SLURM and sshd for the tests (as root on Debian)"
 	@echo "make compilers      install the compilers for TPUs and GPUs that the tests need, which need neither (Linux)"
 	@echo "make check          run ruff, mypy and import-linter"
@@ -54,6 +55,10 @@ test-fast: $(READY)
 # They wait much, so more of them than there are cores; the tests of a file share what they have raised and trained.
 test-clusters: $(READY) testbed compilers
 	$(BIN)/pytest -m cluster --numprocesses 3 --dist loadfile
+
+# Not part of `make test`, which rehearses them on the CPU. jax for CUDA is not among the locked packages.
+test-gpu: $(READY)
+	TEST_GPU_ON=gpu $(BIN)/pytest tests/gpu
 
 # Tests of the code that runs on the user's machine. Tests marked linux cover code of hosts, which reads /proc.
 test-client: $(READY)

@@ -1,4 +1,8 @@
-"""Four CPU devices in every test process, separate cache folders for the session, and a fake Cloud Storage."""
+"""Four CPU devices in every test process, separate cache folders for the session, and a fake Cloud Storage.
+
+With TEST_GPU_ON=gpu, as `make test-gpu` has it, the first GPU and one CPU device; with TEST_GPU_ON=cpu, which rehearses
+tests/gpu, one CPU device alone.
+"""
 
 import os
 import signal
@@ -24,6 +28,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "XDG_CACHE_HOME": _CACHE.name,
     }
+    if (_ON := os.environ.get("TEST_GPU_ON")) == "gpu":
+        os.environ |= {
+            "XLA_FLAGS": "",  # the one above would slow the GPU's kernels as well
+            "JAX_PLATFORMS": "cuda,cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+            # The tests start workers, which need memory of the same GPU.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+    elif _ON:
+        os.environ |= {"JAX_NUM_CPU_DEVICES": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # A background job of a script ignores SIGINT, and what it starts would, too. Handled, it is no less ignored here,
 # but not by the commands that tests start.

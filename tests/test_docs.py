@@ -173,7 +173,7 @@ def test_options_and_commands_named_in_the_text_exist(page: Path):
     options = {o for c in [main, *all_commands()] for p in c.params for o in p.opts + p.secondary_opts}
     options |= {"--help", "-h"}
     for script in (REPOSITORY / "benchmarks").glob("*.py"):
-        options |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text(encoding="utf-8")))
+        options |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     unknown = []
     for span in code_spans(page.read_text(encoding="utf-8")):
         unknown += [
@@ -266,6 +266,7 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "make check": a_make_target,
     "make format": a_make_target,
     "make testbed": a_make_target,
+    "make test-gpu": a_make_target,
     "sbatch deploy/slurm/train.sbatch configs/r50.yaml": in_the_slurm_tests,
     "srun --kill-on-bad-exit=1 launch worker configs/r50.yaml": in_the_slurm_tests,
     "python -m tests.launcher.backends.test_slurm": unchecked,

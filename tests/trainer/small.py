@@ -1,5 +1,6 @@
 """A small real recipe, and a training over it that a test can cut short, resume and look into."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -38,13 +39,15 @@ class Trainable:
 
     config: RunConfig
     steps: int = 20
+    devices: Sequence[jax.Device] | None = None
+    """None: all of this process."""
     mesh: jax.sharding.Mesh = field(init=False)
     network: Network = field(init=False)
     abstract: TrainState = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
-        self.mesh = meshes.make_mesh(config.mesh.batch, config.mesh.model)
+        self.mesh = meshes.make_mesh(config.mesh.batch, config.mesh.model, self.devices)
         self.network = Network(config.model)
         self.schedule = make_schedule(
             config.schedule, config.optimizer.learning_rate, steps=self.steps, steps_per_epoch=45

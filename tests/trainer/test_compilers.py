@@ -82,3 +82,12 @@ def test_devices_exchange_gradients_and_sums_alone(compiled, cluster):
     collectives = compiled(cluster)["train"]["collectives"]
     assert {c["op"] for c in collectives} == {"all-reduce"}
     assert len(collectives) <= 3
+
+
+def test_bytes_of_a_gpu_program_are_counted_since_its_compiler_does_not_tell(compiled):
+    programs = compiled("slurm-1x8")
+    train, evaluation = programs["train"], programs["eval"]
+    assert train["accessed_bytes"] is None
+    # A gradient reads and writes the activations of both passes, and each parameter several times.
+    assert train["counted_bytes"] > 3 * evaluation["counted_bytes"]
+    assert evaluation["counted_bytes"] > evaluation["argument_bytes"]
