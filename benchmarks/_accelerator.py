@@ -111,7 +111,8 @@ def measure_input(config: RunConfig, seconds: float) -> None:
 def measure_loop(config: RunConfig, seconds: float, name: str) -> None:
     """The real loop, as a worker calls it, until the window asks it to stop."""
     window = Window(seconds)
-    with tempfile.TemporaryDirectory() as folder:
+    # The reporter goes on writing, also while the folder is deleted.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = RunDirectory(Path(folder))
         run.attempts.begin({})
         report = Reporter(run, Membership(None, 1, 0))

@@ -15,12 +15,12 @@ KINDS = {
     "pooling": r"select_and_scatter|reduce.?window|scatter_fusion|max_?pool|pooling",
     "copies and transposes": r"nchw_?to_?nhwc|nhwc_?to_?nchw|transpose|copy|memcpy|memset",
     "batch norm": r"bn_fw|bn_bw|batch_?norm|welford",
-    "convolution": r"fprop|dgrad|wgrad|implicit_gemm|implicit_convolve|winograd|conv(?!ert)|cask_cudnn|scudnn",
+    "convolution": r"fprop|dgrad|wgrad|implicit_gemm|implicit_convolve|winograd|conv(?!ert)|cudnn",
     "matmul": r"gemm|nvjet|cublas|cutlass|splitk|\bdot|_dot",
     "reductions": r"reduc",
     "elementwise": r"^loop_|^wrapped_|^input_|^fusion|^broadcast|fusion$|elementwise|triton_poi|multi_tensor_apply",
 }
-"""Batch norm of jax is in the reductions, and fused into what is elementwise."""
+"""cuDNN does nothing else for us than what stands before it. Batch norm of jax is in the reductions, and fused into what is elementwise."""
 OTHER = "other"
 
 

@@ -116,7 +116,7 @@ def run(side: Side, environment: dict[str, str], seconds: float) -> Ended:
                 process.wait()
         out.seek(0)
         err.seek(0)
-        lines = [json.loads(line) for line in out if line.startswith("{")]
+        lines = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
         if problem.startswith("failed"):
             problem = f"{problem}: {_cause(err.read())}"
         return Ended({line["measured"]: line for line in lines}, problem)
@@ -299,7 +299,7 @@ def environment_of(*, rehearse: bool, compiled: str) -> dict[str, str]:
         # quarters of the memory at its start, as in training: nothing else runs then.
         else {"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": first}
     )
-    return os.environ | ours | {"JAX_COMPILATION_CACHE_DIR": compiled, "PYTHONPATH": str(REPOSITORY)}
+    return os.environ | ours | {"JAX_COMPILATION_CACHE_DIR": compiled}
 
 
 def sides(
