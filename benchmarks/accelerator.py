@@ -266,7 +266,7 @@ class Table:
             f"{row['bytes_per_image'] / 1e6:.0f} MB an image" if "bytes_per_image" in row else "",
             f"{row['data_wait_share']:.0%} of the time waits for data" if "data_wait_share" in row else "",
             f"with {row['cores']} cores" if "cores" in row else "",
-            f"{row['cudagraph_skips']} graphs not captured" if row.get("cudagraph_skips") else "",
+            f"graphs not captured: {row['cudagraph_skips']}" if row.get("cudagraph_skips") else "",
         ]
 
     @staticmethod
