@@ -191,6 +191,11 @@ def _zones(value: Any) -> Any:
 Name = Annotated[str, AfterValidator(_name)]
 
 
+# A machine executes the first, reads the second and sends the values of the third, so they are its user's alone: no
+# run directory that others can write to is asked for them.
+OWN_SETTINGS = ("ssh_options", "ssh_key", "secrets")
+
+
 class TpuCluster(Section):
     """Settings of runs on one or more Cloud TPU slices."""
 

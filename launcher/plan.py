@@ -66,6 +66,8 @@ class Plan:
     max_restarts: int = 3
     parameter_share: float = 1.0
     """Fraction of the parameters that each device holds: all of them unless the model axis splits them."""
+    own_settings: list[str] = field(default_factory=list)
+    """Names of settings that were used, and that a plan under gs:// leaves out: each machine has its own."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)

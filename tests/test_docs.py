@@ -678,3 +678,9 @@ def test_every_option_is_explained():
 if __name__ == "__main__":
     page = CONFIGS_PAGE.read_text(encoding="utf-8")
     CONFIGS_PAGE.write_text(MARKED.sub(lambda _: field_tables() + "\n", page), encoding="utf-8")
+
+
+def test_each_line_of_the_threat_model_has_its_test():
+    tests = "".join(file.read_text(encoding="utf-8") for file in (REPOSITORY / "tests").rglob("test_*.py"))
+    rows = table(DOCS / "security.md", "## Who can write what, and what follows")
+    assert [row[-1] for row in rows if f"\ndef {row[-1]}(" not in tests] == []

@@ -11,6 +11,7 @@ from launcher.commands import console, execution
 from launcher.commands.arguments import make_plan, planning_arguments
 from launcher.commands.data import check_datasets
 from launcher.commands.runs import check_can_resume, check_not_in_another_job, is_complete, state_of
+from launcher.commands.trust import note_launch
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -71,11 +72,13 @@ def run(
         check_datasets(plan.run_config())  # elsewhere the datasets may be within reach of the hosts alone
     console.print_plan(plan)
     for change in changes:
-        click.echo(f"changed     {change}")
+        console.echo(f"changed     {change}")
     if changes and not yes and sys.stdin.isatty():
         click.confirm("Resume this run?", default=True, abort=True)
     if plan.submission is None or backend.REMOTE:
         backend.check(plan)
+        if backend.REMOTE:
+            note_launch(plan)
         begin = not (requeue and directory.job.id() == backend.job_info()["job"])
         code = execution.train(plan, directory, backend, requeue=requeue, begin=begin, yes=yes, detach=detach)
         sys.exit(code)

@@ -5,8 +5,6 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from configs.errors import UserError
 from launcher.commands import console
 
@@ -140,7 +138,7 @@ def is_complete(plan: "Plan", run: "RunDirectory") -> bool:
     result = run.result()
     if result is None or result["status"] != "completed" or result["step"] < plan.steps:
         return False
-    click.echo(
+    console.echo(
         f"run {plan.name} is complete; start another run with --name, or train longer with train.epochs=…"
     )
     console.print_result(plan, run, result)

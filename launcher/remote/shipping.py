@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tarfile
+import zlib
 from functools import cached_property
 from pathlib import Path
 
@@ -58,15 +59,18 @@ def _without_owner(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 class CodeArchive:
-    """The files of an archive."""
+    """The files of an archive, in memory: on this machine nothing of it is written, and nothing runs."""
 
     def __init__(self, packed: bytes):
         self._packed = packed
 
     @cached_property
     def _contents(self) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
-        with tarfile.open(fileobj=io.BytesIO(self._packed)) as tar:
-            return {entry.name: (entry, _content(tar, entry)) for entry in tar}
+        try:
+            with tarfile.open(fileobj=io.BytesIO(self._packed)) as tar:
+                return {entry.name: (entry, _content(tar, entry)) for entry in tar}
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
+            raise UserError(f"the code of the run cannot be unpacked: {e}; `launch` the run anew") from None
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -101,8 +105,10 @@ class CodeArchive:
 
 
 def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(entry)
-    assert file is not None  # `_files` gives files alone
+    file = tar.extractfile(entry) if entry.isfile() else None
+    # The archive comes back from the run directory, where others may have put another.
+    if file is None or entry.name.startswith("/") or ".." in entry.name.split("/"):
+        raise tarfile.TarError(f"{entry.name!r} is not a file below the folder of the code")
     return file.read()
 
 
