@@ -5,6 +5,7 @@ Functions import Google's packages themselves: the import takes 0.3 s, and most 
 
 import base64
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,19 @@ LOG_IN = "`gcloud auth application-default login`"
 
 class UnreachableError(Exception):
     """The service does not answer, or answers with an error of its own. A later attempt may succeed."""
+
+
+def normalised(url: str) -> str:
+    """`gs://bucket/a/b`, written in one way only, since the id of a run is a digest of its location.
+
+    Raises ValueError where `url` is no such address.
+    """
+    bucket, *folders = filter(None, url.removeprefix("gs://").split("/"))
+    if not url.startswith("gs://") or url.startswith("gs:///"):
+        raise ValueError("must be gs://bucket/prefix")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        raise ValueError(f"{bucket} is not a valid bucket name; give gs://bucket/prefix")
+    return "/".join([f"gs://{bucket}", *folders])
 
 
 def bucket_and_prefix(url: str) -> tuple[str, str]:

@@ -178,6 +178,12 @@ def _place_problems(config: RunConfig, cluster: ClusterSpec) -> list[str]:
         for key, place in places.items()
         if cluster.backend == "tpu" and place is not None and "://" not in place
     ]
+    for split, path in (("train", config.data.train.path), ("eval", config.data.eval.path)):
+        if cluster.backend == "tpu" and path is not None and "://" not in path and not path.startswith("/"):
+            problems.append(
+                f"data.{split}.path = {path}: the hosts of cluster {cluster.name} cannot access this machine's folders; "
+                f"give data.{split}.path=gs://…, or set once where your datasets are: `launch configure data=gs://bucket`"
+            )
     if checkpoints is not None and "://" in checkpoints and not checkpoints.startswith("gs://"):
         where = f"checkpoint.directory = {checkpoints}"
         problems.append(f"{where}: must be a folder or gs://bucket/prefix")
@@ -188,7 +194,7 @@ def _root_problems(root: str, cluster: ClusterSpec) -> list[str]:
     if cluster.backend == "tpu" and not root.startswith("gs://"):
         return [
             f"--root {root}: the hosts of cluster {cluster.name} cannot access this machine's folders; give --root "
-            "gs://bucket/prefix, or set LAUNCH_ROOT"
+            "gs://bucket/prefix, or set it once: `launch configure root=gs://bucket/prefix`"
         ]
     if cluster.backend != "tpu" and root.startswith("gs://"):
         return [

@@ -13,7 +13,7 @@ import click
 from configs.errors import UserError
 from configs.google import UnreachableError
 from launcher.commands import console, data_report
-from launcher.commands.arguments import Recipe
+from launcher.commands.arguments import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -197,10 +197,9 @@ def order(
     config: Path, overrides: tuple[str, ...], hosts: int, host: int | None, start: int, count: int
 ) -> None:
     """Print the samples in the order of training, one per line: POSITION SHARD RECORD LABEL."""
-    from configs.load import load
     from trainer.data.tools.keys import keys
 
     if host is not None and host >= hosts:
         raise UserError(f"--host {host}: with --hosts {hosts}, must be 0 to {hosts - 1}")
-    for key in keys(load(config, overrides), hosts=hosts, host=host, start=start, num_keys=count):
+    for key in keys(load_recipe(config, overrides), hosts=hosts, host=host, start=start, num_keys=count):
         console.echo(f"{key.position} {key.shard} {key.record} {key.label}")

@@ -43,7 +43,7 @@ def run(
     from launcher import backends
     from launcher.rundir import RunDirectory
 
-    plan = make_plan(config, overrides, **planning)
+    plan = make_plan(config, overrides, **planning, ask=True)
     backend = backends.get(plan.backend)
     if backend.REMOTE:
         plan = backends.get_remote(plan.backend).resolve(plan)

@@ -18,7 +18,7 @@ from launcher.commands.trust import own_options, own_plan
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the save.")
 @own_options
 @root_option
-def stop(name: str | None, timeout: float, settings: tuple[str, ...], yes: bool, root: str) -> None:
+def stop(name: str | None, timeout: float, settings: tuple[str, ...], yes: bool, root: str | None) -> None:
     """Let a running run save and stop; cancel a queued one."""
     from launcher import backends
     from launcher.rundir import RunHeldError

@@ -18,7 +18,7 @@ from launcher.commands.trust import own_options, own_plan
 @own_options
 @root_option
 def ssh(
-    name: str, command: tuple[str, ...], host: int, settings: tuple[str, ...], yes: bool, root: str
+    name: str, command: tuple[str, ...], host: int, settings: tuple[str, ...], yes: bool, root: str | None
 ) -> None:
     """Open a shell on a TPU VM of a run, or run COMMAND there."""
     from launcher import backends

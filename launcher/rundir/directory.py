@@ -224,8 +224,8 @@ class RunDirectory:
         checkpoints.claim(location, claim)
 
 
-def list_runs(root: Path | str) -> list[RunDirectory]:
-    """All runs below `root`, the one launched last first."""
-    found = storage.list_plans(str(root))
+def list_runs(*roots: Path | str) -> list[RunDirectory]:
+    """All runs below `roots`, the one launched last first."""
+    found = storage.list_plans(*map(str, roots))
     # Others who write to a bucket may choose names that are none of a run's.
     return [RunDirectory(place) for place in found if NAME.fullmatch(place.rpartition("/")[2])]

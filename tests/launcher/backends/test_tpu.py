@@ -73,7 +73,9 @@ def nothing_was_created(api: Server, gcs: Storage) -> bool:
 
 def test_a_local_run_directory(api, gcs, tmp_path):
     result = CliRunner().invoke(main, [QUICKSTART, "--cluster", "tpu-v4-32", "--yes"])
-    assert_refused(result, "--root runs", "gs://bucket/prefix", "LAUNCH_ROOT")
+    assert_refused(result, "not given: root", "launch configure root=gs://")
+    result = CliRunner().invoke(main, [QUICKSTART, "--cluster", "tpu-v4-32", "--yes", "--root", "runs"])
+    assert_refused(result, "--root runs", "gs://bucket/prefix", "launch configure root=gs://")
     assert api.log == []
     assert not (tmp_path / "runs").exists()
 
@@ -90,13 +92,13 @@ def test_a_checkpoint_folder_of_this_machine(api, gcs):
 
 def test_no_project(api, gcs, monkeypatch):
     monkeypatch.delenv("GOOGLE_CLOUD_PROJECT")
-    assert_refused(launch("--yes"), "no Google Cloud project")
+    assert_refused(launch("--yes"), "not given: project", "`launch configure project=")
     assert api.log == []
 
 
 def test_no_zone(api, gcs, monkeypatch):
     monkeypatch.delenv("CLOUDSDK_COMPUTE_ZONE")
-    assert_refused(launch("--yes"), "no zone")
+    assert_refused(launch("--yes"), "not given: zone", "`launch configure zone=")
     assert api.log == []
 
 
