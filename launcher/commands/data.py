@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from configs.errors import UserError
-from configs.google import UnreachableError
+from configs.google import NoAccessError, UnreachableError
 from launcher.commands import console, data_report
 from launcher.commands.arguments import Recipe, load_recipe
 
@@ -38,14 +38,25 @@ class DataCommands(click.Group):
     command_class = DataCommand
 
 
-def check_datasets(config: "RunConfig") -> None:
-    """Open the datasets of a run, so that their errors are shown before anything is created. Raises UserError."""
+def check_datasets(config: "RunConfig", *, is_read_here: bool) -> None:
+    """Open the datasets of a run, so that their errors are shown before anything is created. Raises UserError.
+
+    Datasets that only hosts elsewhere have to read are opened where they are in a bucket. That this machine has no
+    access to the bucket is then said, and is no error.
+    """
     from trainer.data.sources.records import open_datasets
 
+    places = [config.data.train.path or "", config.data.eval.path or ""]
+    if config.data.source != "records" or (
+        not is_read_here and not all(p.startswith("gs://") for p in places)
+    ):
+        return
     try:
         open_datasets(config)
-    except UnreachableError as e:
-        raise UserError(f"{e}; try again") from None
+    except (NoAccessError, UnreachableError) as e:
+        if is_read_here:
+            raise UserError(f"{e}; try again") if isinstance(e, UnreachableError) else e from None
+        console.echo(f"not checked {e}; whether the hosts can read it shows when they start", err=True)
 
 
 @click.group(cls=DataCommands)

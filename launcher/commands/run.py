@@ -68,8 +68,7 @@ def run(
             f"run {plan.name} is {state}, and was launched with other settings ({'; '.join(changes)}): go on with `launch attach "
             f"{plan.name}`, or end it first with `launch stop {plan.name}`"
         )
-    if plan.config["data"]["source"] == "records" and plan.submission is None:
-        check_datasets(plan.run_config())  # elsewhere the datasets may be within reach of the hosts alone
+    check_datasets(plan.run_config(), is_read_here=plan.submission is None)
     console.print_plan(plan)
     for change in changes:
         console.echo(f"changed     {change}")
@@ -101,6 +100,7 @@ def show_plan(config: Path, overrides: tuple[str, ...], as_json: bool, **plannin
     if as_json:
         click.echo(plan.to_json())
     else:
+        check_datasets(plan.run_config(), is_read_here=False)
         console.print_plan(plan)
         _print_price(plan)
 
