@@ -7,9 +7,7 @@ first connection is kept under the host's alias.
 import contextlib
 import resource
 import shlex
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ from typing import TypeVar
 
 from configs.clusters import TpuCluster
 from configs.errors import UserError
+from configs.files import temporary_folder
 from launcher.providers import Machine
 
 CONNECT_SECONDS = 10
@@ -80,7 +79,7 @@ class Ssh:
             f"ControlPath={self._folder}/%C",
             "ControlPersist=600",
             *([] if terminal else ["BatchMode=yes"]),
-            *([f'IdentityFile="{key}"'] if (key := key_file(cluster)).exists() else []),
+            *_identity(cluster),
             *([f"ProxyCommand={_tunnel(cluster)}"] if cluster.reach == "iap" else []),
         ]
         return [
@@ -153,15 +152,24 @@ def connected(cluster: TpuCluster, machines: Sequence[Machine]) -> Iterator[Ssh]
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(allowed, MAX_OPEN_FILES), allowed))
     # Not below the user's TMPDIR: the path of a socket has room for about 100 characters.
-    folder = Path(tempfile.mkdtemp(prefix="podlaunch-", dir="/tmp"))  # of mode 700
-    ssh = Ssh(cluster, machines, folder)
-    try:
-        yield ssh
-    finally:
-        for socket in folder.glob("*"):
-            if socket.is_socket():
-                subprocess.run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "-"], capture_output=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder("ssh", Path("/tmp"), _close_connections) as folder:  # noqa: S108 (a folder of the user's own)
+        yield Ssh(cluster, machines, folder)
+
+
+def _close_connections(folder: Path) -> None:
+    """End the processes of ssh that hold the shared connections, which outlive the launcher for ten minutes."""
+    for socket in folder.glob("*"):
+        if socket.is_socket():
+            subprocess.run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "-"], capture_output=True)
+
+
+def _identity(cluster: TpuCluster) -> list[str]:
+    """The key that the hosts accept, and no other: an agent offers all of its keys, and sshd gives up after six."""
+    key = key_file(cluster)
+    # Where only the public half is there, the agent has the private one.
+    if not key.exists() and not key.with_name(f"{key.name}.pub").exists():
+        return []
+    return [f'IdentityFile="{key}"', "IdentitiesOnly=yes"]
 
 
 def key_file(cluster: TpuCluster) -> Path:
@@ -175,7 +183,7 @@ def public_key(cluster: TpuCluster) -> str:
     """
     file = key_file(cluster)
     public = file.with_name(f"{file.name}.pub")
-    if not file.exists() and cluster.ssh_key is None:
+    if not file.exists() and not public.exists() and cluster.ssh_key is None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "podlaunch", "-f", str(file)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)

@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +92,24 @@ def test_process_that_uses_the_chips_is_named_and_its_lock_kept(plan, dev):
         assert f"in use by process {pid} ({sys.executable}" in problem
     assert preflight.LOCK_FILE.exists()
     assert _chip_problems(plan, dev) == []
+
+
+def test_lock_that_another_user_has_left_is_told(plan, dev, monkeypatch):
+    if os.geteuid() != 0:
+        pytest.skip("only root may make a file of another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o1777)  # as /tmp itself
+        monkeypatch.setattr(preflight, "LOCK_FILE", Path(folder) / "libtpu_lockfile")
+        preflight.LOCK_FILE.touch(mode=0o644)
+        os.seteuid(65534)
+        try:
+            (problem,) = preflight._lock_problems()
+        finally:
+            os.seteuid(0)
+        assert (
+            f"is left from a process of user root, and TPUs cannot be used beside it: `sudo rm {folder}/"
+            in problem
+        )
 
 
 def test_rehearsal_needs_no_chips(rehearsal, tmp_path):

@@ -1,7 +1,8 @@
 """What a worker on a rented host is given."""
 
+from configs.clusters import TpuCluster
 from launcher.providers import Machine
-from launcher.remote.prepare import slice_environment
+from launcher.remote.prepare import host_environment, slice_environment
 
 
 def _machines(num_slices: int) -> list[Machine]:
@@ -11,6 +12,16 @@ def _machines(num_slices: int) -> list[Machine]:
         for s in range(num_slices)
         for w in range(2)
     ]
+
+
+def test_module_path_of_the_user_comes_behind_the_code_of_the_run():
+    cluster = TpuCluster(accelerator="v4-8", environment={"PYTHONPATH": "/opt/mine", "A": "1"})
+    assert host_environment(cluster, "/home/me/run") == {
+        "PYTHONPATH": "/home/me/run/code:/opt/mine",
+        "A": "1",
+    }
+    bare = TpuCluster(accelerator="v4-8")
+    assert host_environment(bare, "/home/me/run") == {"PYTHONPATH": "/home/me/run/code"}
 
 
 def test_workers_of_one_slice_are_told_of_no_other():
