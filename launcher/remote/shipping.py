@@ -21,6 +21,8 @@ from podlaunch import HOME
 
 LOCK = "requirements-tpu.txt"
 SETUP = "deploy/tpu/environment.sh"
+# What SETUP needs beside itself.
+INTERPRETER = ("deploy/tpu/interpreter.py", "deploy/tpu/interpreter.json")
 STARTUP = "deploy/tpu/startup.sh"
 
 
@@ -85,7 +87,7 @@ class CodeArchive:
     @property
     def has_environment(self) -> bool:
         """Whether the archive has the files from which a host makes its Python."""
-        return {LOCK, SETUP} <= self.digests.keys()
+        return {LOCK, SETUP, *INTERPRETER} <= self.digests.keys()
 
     def delta(self, present: dict[str, str]) -> bytes | None:
         """A tar of the files that a host is missing; None where it has all. `present`: the digests of what it has."""

@@ -92,8 +92,13 @@ class Ssh:
             *([shlex.join(remote)] if remote else []),
         ]
 
-    def run(self, process: int, *remote: str, text: bytes = b"", seconds: float = 60.0) -> bytes:
-        """Standard output of a command on a host; a connection is tried for `seconds`. Raises HostError."""
+    def run(
+        self, process: int, *remote: str, text: bytes = b"", seconds: float = 60.0, num_lines: int = 1
+    ) -> bytes:
+        """Standard output of a command on a host; a connection is tried for `seconds`.
+
+        Raises HostError, with the last `num_lines` that the command wrote to standard error.
+        """
         deadline = time.monotonic() + seconds
         while True:
             done = subprocess.run(
@@ -104,9 +109,10 @@ class Ssh:
             )
             if done.returncode == 0:
                 return done.stdout
-            message = last_line(done.stderr) or f"{remote[0]} ends with exit code {done.returncode}"
+            lines = last_lines(done.stderr, num_lines)
+            message = lines[-1] if lines else f"{remote[0]} ends with exit code {done.returncode}"
             if done.returncode != UNREACHABLE:
-                raise self.error(process, message)
+                raise self.error(process, "\n            | ".join([message, *lines[:-1]]))
             if b"Host key verification failed" in done.stderr:
                 message = "its host key is not the one that the provider tells: something else answers at"
                 raise self.error(process, f"{message} {self.address(process)}", is_users=True)
@@ -201,6 +207,7 @@ def _tunnel(cluster: TpuCluster) -> str:
     ])  # fmt: skip
 
 
-def last_line(stderr: bytes) -> str:
-    lines = [line for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+def last_lines(stderr: bytes, count: int = 1) -> list[str]:
+    """The last lines that are not empty."""
+    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
+    return list(filter(None, lines))[-count:]

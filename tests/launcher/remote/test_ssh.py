@@ -196,9 +196,11 @@ def test_failed_command_is_reported_by_its_last_line_and_not_retried(to, remote,
     remote('echo x >>tries; exec sh -c "$command"')
     with pytest.raises(HostError, match=r"^No space left on device$"):
         to().run(0, "sh", "-c", "echo Traceback >&2; echo 'No space left on device' >&2; echo >&2; exit 1")
+    with pytest.raises(HostError, match=r"^3\n            \| 2$"):
+        to().run(0, "sh", "-c", "printf '1\\n2\\n3\\n' >&2; exit 1", num_lines=2)
     with pytest.raises(HostError, match=r"^false ends with exit code 1$"):
         to().run(0, "false")
-    assert (tmp_path / "bin" / "tries").read_text() == "x\nx\n"
+    assert (tmp_path / "bin" / "tries").read_text() == "x\nx\nx\n"
 
 
 def test_host_with_another_key_than_the_providers_is_not_talked_to(to, remote):
