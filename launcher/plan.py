@@ -178,8 +178,8 @@ def _place_problems(config: RunConfig, cluster: ClusterSpec) -> list[str]:
         for key, place in places.items()
         if cluster.backend == "tpu" and place is not None and "://" not in place
     ]
-    for split, path in (("train", config.data.train.path), ("eval", config.data.eval.path)):
-        if cluster.backend == "tpu" and path is not None and "://" not in path and not path.startswith("/"):
+    for split, path in relative_datasets(config).items():
+        if cluster.backend == "tpu":
             problems.append(
                 f"data.{split}.path = {path}: the hosts of cluster {cluster.name} cannot access this machine's folders; "
                 f"give data.{split}.path=gs://…, or set once where your datasets are: `launch configure data=gs://bucket`"
@@ -188,6 +188,14 @@ def _place_problems(config: RunConfig, cluster: ClusterSpec) -> list[str]:
         where = f"checkpoint.directory = {checkpoints}"
         problems.append(f"{where}: must be a folder or gs://bucket/prefix")
     return problems
+
+
+def relative_datasets(config: RunConfig) -> dict[str, str]:
+    """Paths of datasets by split, where they are below the folder of whoever reads them."""
+    if config.data.source != "records":
+        return {}
+    paths = {"train": config.data.train.path or "", "eval": config.data.eval.path or ""}
+    return {split: path for split, path in paths.items() if "://" not in path and not path.startswith("/")}
 
 
 def _root_problems(root: str, cluster: ClusterSpec) -> list[str]:

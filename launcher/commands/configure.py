@@ -63,14 +63,11 @@ def _missing(spec: "ClusterSpec", config: Path, overrides: tuple[str, ...], root
     cluster = spec.submission
     if not isinstance(cluster, TpuCluster):
         return []
+    from launcher.plan import relative_datasets
     from launcher.providers.cloud_tpu import NotGivenError, project_and_zone
 
     missing = [] if root_of(root, spec.backend).startswith("gs://") or root else ["root"]
-    data = load_recipe(config, overrides).data
-    if any(
-        path and "://" not in path and not path.startswith(("/", "."))
-        for path in (data.train.path, data.eval.path)
-    ):
+    if any(not path.startswith(".") for path in relative_datasets(load_recipe(config, overrides)).values()):
         missing.append("data")
     for key, given in (("project", (cluster.project, "-")), ("zone", ("-", cluster.zone))):
         try:

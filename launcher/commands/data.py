@@ -44,13 +44,13 @@ def check_datasets(config: "RunConfig", *, is_read_here: bool) -> None:
     Datasets that only hosts elsewhere have to read are opened where they are in a bucket. That this machine has no
     access to the bucket is then said, and is no error.
     """
-    from trainer.data.sources.records import open_datasets
-
     places = [config.data.train.path or "", config.data.eval.path or ""]
     if config.data.source != "records" or (
         not is_read_here and not all(p.startswith("gs://") for p in places)
     ):
         return
+    from trainer.data.sources.records import open_datasets
+
     try:
         open_datasets(config)
     except (NoAccessError, UnreachableError) as e:

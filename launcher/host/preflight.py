@@ -96,6 +96,8 @@ def _foreign_lock(owner: str) -> str:
 
 def _path_problems(plan: Plan) -> list[str]:
     data = plan.config["data"]
+    if data["source"] != "records":
+        return []
     paths = {f"data.{split}.path": (data.get(split) or {}).get("path") for split in ("train", "eval")}
     return [
         f"{key} = {path} does not exist: put the data under gs://, or copy it to each VM"

@@ -146,6 +146,13 @@ def test_datasets_of_recipes_lie_where_the_user_says(path, place):
     assert f'"path": "{place}"' in plan.stdout
 
 
+def test_recipe_that_reads_no_images_needs_no_place_for_them():
+    launch("configure", "root=gs://mine/runs", "project=my-project", "zone=us-central2-b")
+    speed = ["data.source=synthetic", "data.train.num_examples=10000", "data.eval.num_examples=100"]
+    planned = launch(*HEADLINE, *speed, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+
+
 def test_runs_are_found_in_both_places(home, gcs, planned):
     from launcher.rundir import RunDirectory
 

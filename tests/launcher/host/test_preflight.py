@@ -133,13 +133,22 @@ def test_processes_using_finds_the_holders_of_the_given_files_only(tmp_path):
 
 def test_data_on_a_disk_must_be_on_each_hosts(plan, tmp_path):
     def reading(path):
-        data = {**plan.config["data"], "train": {"path": path}, "eval": None}
+        data = {**plan.config["data"], "source": "records", "train": {"path": path}, "eval": None}
         return dataclasses.replace(plan, config={**plan.config, "data": data})
 
     (problem,) = _path_problems(reading("/nowhere/train"))
     assert problem.startswith("data.train.path = /nowhere/train does not exist: put the data under gs://")
     assert _path_problems(reading(str(tmp_path))) == []
     assert _path_problems(reading("gs://bucket/data")) == []
+    noise = reading("nowhere/train")
+    assert (
+        _path_problems(
+            dataclasses.replace(
+                noise, config={**noise.config, "data": {**noise.config["data"], "source": "synthetic"}}
+            )
+        )
+        == []
+    )
 
 
 def test_bucket_is_written_by_each_host(rehearsal, tmp_path, gcs):
