@@ -287,7 +287,8 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "launch ssh r152 --host 2": parsed_by_launch,
     "launch ssh r152 --host 2 -- df -h": parsed_by_launch,
     "gcloud compute tpus tpu-vm ssh my-tpu --worker=all --command "
-    '"launch worker configs/r152.yaml --root gs://my-bucket/runs"': parsed_by_launch,
+    '"launch worker configs/r152.yaml --root gs://my-bucket/runs data.train.path=gs://my-bucket/imagenet/train '
+    'data.eval.path=gs://my-bucket/imagenet/validation"': parsed_by_launch,
     "python -m tests.test_docs": unchecked,
 }
 # The other programs that pages may call, and that are run.

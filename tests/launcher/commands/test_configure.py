@@ -193,8 +193,11 @@ def test_first_run_in_a_terminal_asks_and_remembers(home, terminal):
             os.write(ours, f"{answer}\n".encode())
     while True:
         try:
-            shown += os.read(ours, 4096).decode()
-        except OSError:  # the other end is closed
+            rest = os.read(ours, 4096).decode()
+        except OSError:  # on Linux, where the other end is closed
+            rest = ""
+        shown += rest
+        if not rest:
             break
     assert process.wait() == 0, shown
     assert "error: configure root=runs" in shown

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -93,6 +94,21 @@ def test_options_of_ssh_in_a_bucket_run_nothing_here_and_ones_own_do(launched, g
     (laptop / "podlaunch" / "clusters.yaml").unlink()
     assert launch("ssh", NAME, "--set", f"ssh_options=[ProxyCommand=touch {ours}]", "true").exit_code == 255
     assert ours.exists()
+    assert not theirs.exists()
+
+
+def test_way_to_the_hosts_in_a_bucket_runs_no_command_but_gclouds(launched, gcs, laptop, monkeypatch):
+    theirs, arguments = laptop / "theirs", laptop / "arguments"
+    gcloud = laptop / "bin" / "gcloud"
+    gcloud.parent.mkdir()
+    gcloud.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"{arguments}"\n')
+    gcloud.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{gcloud.parent}:{os.environ['PATH']}")
+    change(gcs, {"reach": "iap", "iap_group": f"$(touch {theirs})", "network": f"x; touch {theirs}"})
+    assert launch("ssh", NAME, "--yes", "true").exit_code == 255
+    assert {f"--network=x; touch {theirs}", f"--dest-group=$(touch {theirs})"} <= set(
+        arguments.read_text().splitlines()
+    )
     assert not theirs.exists()
 
 
