@@ -69,7 +69,7 @@ def _missing(spec: "ClusterSpec", config: Path, overrides: tuple[str, ...], root
     missing = [] if root_of(root, spec.backend).startswith("gs://") or root else ["root"]
     if any(not path.startswith(".") for path in relative_datasets(load_recipe(config, overrides)).values()):
         missing.append("data")
-    for key, given in (("project", (cluster.project, "-")), ("zone", ("-", cluster.zone))):
+    for key, given in (("project", (cluster.project, "-")), ("zone", ("-", "".join(cluster.zones[:1])))):
         try:
             project_and_zone(*given)
         except NotGivenError:

@@ -131,11 +131,11 @@ def delete_all(project: str | None, resources: "list[Resource]") -> bool:
     with _handled([signal.SIGINT, signal.SIGTERM], lambda *_: give_up.set()):
         for resource in resources:
             if tpu.delete(project, resource, console.echo, give_up):
-                click.echo(f"deleted     {resource.name}")
+                console.echo(f"deleted     {resource.name}")
             else:
                 left.append(resource.name)
     for name in left:
-        click.echo(f"not deleted {name}: IT STILL COSTS MONEY")
+        console.echo(f"not deleted {name}: IT STILL COSTS MONEY")
     return not left
 
 
@@ -146,17 +146,17 @@ def clean_up(plan: "Plan", run: "RunDirectory") -> int:
 
     if not is_remote(run) or run.result() is None or not run.resources.left_behind():
         return EXIT_DONE
-    click.echo(f"left behind {', '.join(rented.name for rented in run.resources.left_behind())}")
+    console.echo(f"left behind {', '.join(rented.name for rented in run.resources.left_behind())}")
     try:
         with run.locked():
             if run.result() is None:
                 return EXIT_DONE  # the run goes on
             released = _release(plan, run, console.echo)
     except RunHeldError as e:
-        click.echo(f"not deleted: {e}")
+        console.echo(f"not deleted: {e}")
         return EXIT_FAILED
     if released.costs_money:
-        click.echo(released.sentence)
+        console.echo(released.sentence)
     return EXIT_FAILED if released.costs_money else EXIT_DONE
 
 

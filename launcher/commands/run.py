@@ -110,4 +110,4 @@ def _print_price(plan: "Plan") -> None:
     from launcher import backends
 
     if backends.get(plan.backend).REMOTE and plan.submission is not None:
-        click.echo(f"price       {backends.get_remote(plan.backend).estimate(plan)}")
+        console.echo(f"price       {backends.get_remote(plan.backend).estimate(plan)}")

@@ -9,7 +9,7 @@ import click
 from configs.errors import UserError
 from launcher.commands import console, execution
 from launcher.commands.arguments import root_option
-from launcher.commands.runs import backend_of, find_run, is_remote, state_of, states
+from launcher.commands.runs import backend_of, find_run, is_remote, plan_of, state_of, states
 from launcher.commands.trust import own_options, own_plan
 
 

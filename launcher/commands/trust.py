@@ -92,7 +92,7 @@ def _ask(cluster: "TpuCluster", run: "RunDirectory") -> None:
     what = (
         f"the TPU {cluster.tpu}" if cluster.tpu else f"a tpu-{cluster.accelerator}, {cluster.provisioning},"
     )
-    where = f"{what} in {cluster.zone} of project {cluster.project}"
+    where = f"{what} in {' or '.join(cluster.zones)} of project {cluster.project}"
     if not sys.stdin.isatty():
         raise UserError(
             f"run {run.name} was not launched from this machine with its present plan, which is for {where}, and which "
