@@ -57,9 +57,11 @@ def launched(api: Server, planned: Callable[..., Plan]) -> Plan:
     plan = tpu.resolve(planned(cluster="tpu-v4-8", root=ROOT))  # type: ignore[arg-type]
     run = RunDirectory(plan.run_directory)
     run.write_plan(plan)
-    tpu._provider(plan).create(tpu._request(plan, None))
-    while tpu._provider(plan).condition(tpu._name(plan)).status != "ready":
+    rental = tpu._rental(plan, run)
+    rental.request(ZONE, tpu._request(plan, None, "on-demand", 1.0))
+    while rental.conditions()[ZONE].status != "ready":
         pass
+    rental.grant(ZONE)
     run.attempts.begin({})
     run.attempts.write_info(1, {"agents": [["podlaunch/x", "python3"]]})
     return plan
