@@ -231,7 +231,7 @@ def pss_bytes(pid: str) -> int:
 def environment() -> None:
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder, "code")
-        for name in (shipping.SETUP, shipping.LOCK):
+        for name in (shipping.SETUP, shipping.LOCK, *shipping.INTERPRETER):
             (code / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, code / name)
         rows = []

@@ -91,6 +91,12 @@ def _labels(labels: dict[str, str]) -> dict[str, str]:
     return labels
 
 
+def _address(value: str) -> str:
+    if not re.fullmatch(r"(gs|https)://[^/\s]+(/\S*)?", value):
+        raise ValueError("must be gs://bucket/prefix or https://host/folder")
+    return value.rstrip("/")
+
+
 Text = Annotated[str, AfterValidator(_one_line)]
 # YAML reads `time: 30` as a number, and strict mode would refuse it.
 Time = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v), AfterValidator(_time)]
@@ -191,6 +197,11 @@ def _zones(value: Any) -> Any:
 Name = Annotated[str, AfterValidator(_name)]
 
 
+# A machine executes the first, reads the second and sends the values of the third, so they are its user's alone: no
+# run directory that others can write to is asked for them.
+OWN_SETTINGS = ("ssh_options", "ssh_key", "secrets")
+
+
 class TpuCluster(Section):
     """Settings of runs on one or more Cloud TPU slices."""
 
@@ -242,6 +253,8 @@ class TpuCluster(Section):
     """Options of ssh, each as `ssh -o` takes it."""
     python: Text | None = None
     """Python with podlaunch's packages on the VMs; null: podlaunch builds one there from the lock file."""
+    interpreter: Annotated[Text, AfterValidator(_address)] | None = None
+    """Folder, under gs:// or https://, from which the VMs get the Python of that environment; null: GitHub."""
     environment: Variables = Field(default_factory=dict)
     """Variables of the workers. The plan contains their values: use `secrets` for secrets."""
     secrets: Annotated[tuple[str, ...], AfterValidator(_variables), from_list] = ()

@@ -5,6 +5,7 @@ Functions import Google's packages themselves: the import takes 0.3 s, and most 
 
 import base64
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,23 @@ LOG_IN = "`gcloud auth application-default login`"
 
 class UnreachableError(Exception):
     """The service does not answer, or answers with an error of its own. A later attempt may succeed."""
+
+
+class NoAccessError(UserError):
+    """There are no credentials, or not ones that may do this. Those of another machine may."""
+
+
+def normalised(url: str) -> str:
+    """`gs://bucket/a/b`, written in one way only, since the id of a run is a digest of its location.
+
+    Raises ValueError where `url` is no such address.
+    """
+    bucket, *folders = filter(None, url.removeprefix("gs://").split("/"))
+    if not url.startswith("gs://") or url.startswith("gs:///"):
+        raise ValueError("must be gs://bucket/prefix")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        raise ValueError(f"{bucket} is not a valid bucket name; give gs://bucket/prefix")
+    return "/".join([f"gs://{bucket}", *folders])
 
 
 def bucket_and_prefix(url: str) -> tuple[str, str]:
@@ -60,7 +78,7 @@ def explained(where: str, *, bucket: str, roles: str) -> Iterator[None]:
         yield
     except DefaultCredentialsError as e:
         detail = f" ({first_line(e)})" if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") else ""
-        raise UserError(
+        raise NoAccessError(
             f"{where}: there are no Google credentials{detail}; log in with {LOG_IN}, "
             "or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account"
         ) from None
@@ -72,14 +90,14 @@ def explained(where: str, *, bucket: str, roles: str) -> Iterator[None]:
     except (GoogleAPICallError, RetryError, RequestException, TransportError) as e:
         code = getattr(e, "code", None)
         if code in (401, 403):
-            raise UserError(denied(where, code, roles)) from None
+            raise NoAccessError(denied(where, code, roles)) from None
         # After the last retry, the client wraps the error of the service, which is the one that explains.
         cause = getattr(e, "cause", None) or e
         raise UnreachableError(f"{where} cannot be reached: {first_line(cause)}") from None
     except GoogleAuthError as e:
         if is_passing(e):
             raise UnreachableError(f"{where}: no credentials now: {first_line(e)}") from None
-        raise UserError(refused(where, e)) from None
+        raise NoAccessError(refused(where, e)) from None
 
 
 def errors() -> tuple[type[Exception], ...]:

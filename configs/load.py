@@ -89,6 +89,18 @@ def load_entries(path: Path, model_of: Callable[[dict[str, Any]], type[Model]]) 
     return entries
 
 
+def load_section(path: Path, model: type[Model]) -> Model:
+    """The file at `path`, which is one section. Raises UserError with one line for each problem."""
+    values, where, problems = _read(path, "the file must be a mapping of settings")
+    try:
+        section = model.model_validate(values)
+    except ValidationError as e:
+        problems += [line for error in e.errors() for line in _explain(error, path, where, model)]
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return section
+
+
 def with_settings(entry: Model, settings: Sequence[str], option: str, owner: str) -> Model:
     """A copy of `entry` with each `key=value` of `settings`, which the command line's `option` gave.
 

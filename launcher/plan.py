@@ -66,6 +66,8 @@ class Plan:
     max_restarts: int = 3
     parameter_share: float = 1.0
     """Fraction of the parameters that each device holds: all of them unless the model axis splits them."""
+    own_settings: list[str] = field(default_factory=list)
+    """Names of settings that were used, and that a plan under gs:// leaves out: each machine has its own."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -176,17 +178,31 @@ def _place_problems(config: RunConfig, cluster: ClusterSpec) -> list[str]:
         for key, place in places.items()
         if cluster.backend == "tpu" and place is not None and "://" not in place
     ]
+    for split, path in relative_datasets(config).items():
+        if cluster.backend == "tpu":
+            problems.append(
+                f"data.{split}.path = {path}: the hosts of cluster {cluster.name} cannot access this machine's folders; "
+                f"give data.{split}.path=gs://…, or set once where your datasets are: `launch configure data=gs://bucket`"
+            )
     if checkpoints is not None and "://" in checkpoints and not checkpoints.startswith("gs://"):
         where = f"checkpoint.directory = {checkpoints}"
         problems.append(f"{where}: must be a folder or gs://bucket/prefix")
     return problems
 
 
+def relative_datasets(config: RunConfig) -> dict[str, str]:
+    """Paths of datasets by split, where they are below the folder of whoever reads them."""
+    if config.data.source != "records":
+        return {}
+    paths = {"train": config.data.train.path or "", "eval": config.data.eval.path or ""}
+    return {split: path for split, path in paths.items() if "://" not in path and not path.startswith("/")}
+
+
 def _root_problems(root: str, cluster: ClusterSpec) -> list[str]:
     if cluster.backend == "tpu" and not root.startswith("gs://"):
         return [
             f"--root {root}: the hosts of cluster {cluster.name} cannot access this machine's folders; give --root "
-            "gs://bucket/prefix, or set LAUNCH_ROOT"
+            "gs://bucket/prefix, or set it once: `launch configure root=gs://bucket/prefix`"
         ]
     if cluster.backend != "tpu" and root.startswith("gs://"):
         return [

@@ -27,6 +27,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_COMPILATION_CACHE_DIR": f"{_CACHE.name}/compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "XDG_CACHE_HOME": _CACHE.name,
+        "XDG_STATE_HOME": _CACHE.name,
     }
     if (_ON := os.environ.get("TEST_GPU_ON")) == "gpu":
         os.environ |= {

@@ -28,7 +28,7 @@ from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
 import configs
-from configs import checkpoints, google
+from configs import checkpoints, google, settings
 from configs.clusters import SlurmCluster, TpuCluster
 from configs.clusters import named_clusters as clusters_by_name
 from configs.schema import json_schema
@@ -288,7 +288,8 @@ NOT_RUN: dict[str, Callable[[str, list[str]], None]] = {
     "launch ssh r152 --host 2": parsed_by_launch,
     "launch ssh r152 --host 2 -- df -h": parsed_by_launch,
     "gcloud compute tpus tpu-vm ssh my-tpu --worker=all --command "
-    '"launch worker configs/r152.yaml --root gs://my-bucket/runs"': parsed_by_launch,
+    '"launch worker configs/r152.yaml --root gs://my-bucket/runs data.train.path=gs://my-bucket/imagenet/train '
+    'data.eval.path=gs://my-bucket/imagenet/validation"': parsed_by_launch,
     "python -m tests.test_docs": unchecked,
 }
 # The other programs that pages may call, and that are run.
@@ -307,6 +308,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "my-project")
     monkeypatch.setenv("CLOUDSDK_COMPUTE_ZONE", tpu_api.ZONE)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / ".config"))
     monkeypatch.delenv("LAUNCH_ROOT", raising=False)
     shutil.copytree(REPOSITORY / "configs", "configs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     _write_images(tmp_path)
@@ -323,7 +325,7 @@ def cloud(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     bucket, api = gcs.Server("my-bucket"), tpu_api.Server()
     api.seconds = 0.02
     monkeypatch.setattr(cloud_tpu, "POLL_SECONDS", 0.01)
-    here = {"GOOGLE_CLOUD_PROJECT": "my-project", "XDG_CONFIG_HOME": str(desk / ".config")}
+    here = {"GOOGLE_CLOUD_PROJECT": "my-project"}
     for name, value in (gcs.environment(bucket.address) | tpu_api.environment(api.address) | here).items():
         monkeypatch.setenv(name, value)
     plan = _tpu_plan()
@@ -335,7 +337,8 @@ def cloud(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _tpu_plan() -> Plan:
-    arguments = ["--cluster", "tpu-v4-32", "configs/r152.yaml", "--root", "gs://my-bucket/runs"]
+    settings.change(("root=gs://my-bucket/runs", "data=gs://my-bucket"))
+    arguments = ["--cluster", "tpu-v4-32", "configs/r152.yaml"]
     planned = CliRunner().invoke(main, ["plan", *arguments, "--json"])
     return tpu.resolve(Plan.from_json(planned.stdout))
 
@@ -516,6 +519,12 @@ def test_settings_of_clusters_are_those_of_the_code(
     assert table(page, heading) == [[c.replace("`", "") for c in row] for row in expected]
 
 
+def test_settings_of_the_user_are_those_of_the_code():
+    fields = settings.Settings.model_fields.items()
+    expected = [[name, (field.description or "").replace("`", "")] for name, field in fields]
+    assert table(CONFIGS_PAGE, "## Settings of your own") == expected
+
+
 def default_of(field: FieldInfo) -> str:
     if field.is_required():
         return ""
@@ -679,3 +688,9 @@ def test_every_option_is_explained():
 if __name__ == "__main__":
     page = CONFIGS_PAGE.read_text(encoding="utf-8")
     CONFIGS_PAGE.write_text(MARKED.sub(lambda _: field_tables() + "\n", page), encoding="utf-8")
+
+
+def test_each_line_of_the_threat_model_has_its_test():
+    tests = "".join(file.read_text(encoding="utf-8") for file in (REPOSITORY / "tests").rglob("test_*.py"))
+    rows = table(DOCS / "security.md", "## Who can write what, and what follows")
+    assert [row[-1] for row in rows if f"\ndef {row[-1]}(" not in tests] == []

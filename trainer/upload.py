@@ -6,9 +6,9 @@ the next begins. TensorBoard reads the event files of a folder in the order of t
 as one run.
 """
 
+import contextlib
 import logging
 import struct
-import tempfile
 import threading
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from google.api_core.exceptions import GoogleAPIError
 from google.auth.exceptions import GoogleAuthError
 
 from configs import google
+from configs.files import temporary_folder
 
 PIECE_BYTES = 4 << 20
 INTERVAL_SECONDS = 15.0
@@ -37,8 +38,8 @@ class Uploader:
             self._bucket = google.client().bucket(bucket)
         self._piece_bytes = piece_bytes
         self._interval = interval_seconds
-        self._local = tempfile.TemporaryDirectory(prefix="podlaunch-tensorboard-")
-        self.folder = Path(self._local.name)
+        self._local = contextlib.ExitStack()
+        self.folder = self._local.enter_context(temporary_folder("tensorboard"))
         self._states: dict[Path, _UploadState] = {}
         self._closing = threading.Event()
         # A daemon thread, because a training that fails must be able to exit.
@@ -51,7 +52,7 @@ class Uploader:
         # The thread may just have uploaded something; the call after this one sends what was written since.
         self._thread.join()
         self._try_send()
-        self._local.cleanup()
+        self._local.close()
 
     def _run(self) -> None:
         while not self._closing.wait(self._interval):

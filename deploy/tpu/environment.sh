@@ -1,33 +1,30 @@
 #!/bin/sh
-# On a TPU VM: `environment.sh FOLDER` builds a Python environment with the packages of the lock file below
-# FOLDER, once for each lock file, and prints the path of its Python. `launch` runs it over ssh.
+# On a TPU VM: `environment.sh FOLDER [ADDRESS]` builds a Python environment below FOLDER, once for each lock file:
+# the interpreter that interpreter.json pins, from ADDRESS or from where the pin says, and the packages of the lock
+# file. Prints the path of its Python. `launch` runs it over ssh, again after a lost connection.
 set -eu
-code=$(cd "$(dirname "$0")/../.." && pwd)
-lock=$code/requirements-tpu.txt
-# Named after the lock file, so that other code with other packages gets an environment of its own.
-environment=$1/$(sha256sum "$lock" | cut -c1-16)
-python=$environment/bin/python
+here=$(cd "$(dirname "$0")" && pwd)
+lock=$here/../../requirements-tpu.txt
+# Named after what it is made of, so that other code with other packages gets an environment of its own. The name is a
+# link that is made when all behind it is complete; a venv cannot be moved, so it is built where it stays.
+environment=$1/$(cat "$lock" "$here/interpreter.json" | sha256sum | cut -c1-16)
+build=$environment.$$
 
-# .ready is written last: without it the environment is incomplete, and is built again.
-if [ ! -e "$environment/.ready" ]; then
+if [ ! -e "$environment" ]; then
   {
     mkdir -p "$1"
-    rm -rf "$environment"
-    for version in 3.13 3.12 3.11; do
-      if "python$version" -c 'import ensurepip, venv' 2>/dev/null; then
-        "python$version" -m venv "$environment"
-        "$python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
-        touch "$environment/.ready"
-        break
-      fi
-    done
-    # The VM's own Python may be older than 3.11; uv downloads a newer one.
-    if [ ! -e "$environment/.ready" ]; then
-      python3 -m pip install --quiet --user uv
-      python3 -m uv venv --quiet --python 3.12 "$environment"
-      python3 -m uv pip install --quiet --python "$python" --require-hashes -r "$lock"
-      touch "$environment/.ready"
+    # What this starts inherits the lock: after a kill, the next call waits for pip to end.
+    exec 9>"$1/.lock"
+    flock --nonblock 9 || { echo "waiting for another call that builds it" && flock 9; }
+    if [ ! -e "$environment" ]; then
+      rm -rf "$environment".* # of calls that were killed
+      mkdir "$build"
+      # -I: neither the folder nor variables of the user decide what is imported.
+      python3 -I "$here/interpreter.py" "$build/interpreter" "${2:-}"
+      "$build/interpreter/bin/python3" -I -m venv "$build"
+      "$build/bin/python" -I -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+      ln -sfn "${build##*/}" "$environment"
     fi
   } >&2 # standard output is the path alone
 fi
-echo "$python"
+echo "$environment/bin/python"

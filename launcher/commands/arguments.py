@@ -1,7 +1,6 @@
 """Arguments that several commands share, and the plan that is made from them."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import click
 from configs.errors import UserError
 
 if TYPE_CHECKING:
+    from configs.schema import RunConfig
     from launcher.plan import ClusterSpec, Plan
 
 DEFAULT_ROOT = "runs"
@@ -19,18 +19,21 @@ DEFAULT_ROOT = "runs"
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _check_root(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _check_root(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
     if not value:
         raise UserError("--root '' is empty; give a folder, or gs://bucket/prefix")
     is_other_scheme = "://" in value and not value.startswith("gs://")
     if is_other_scheme or value.startswith("gs:///") or value.strip("/") == "gs:":
         raise UserError(f"--root {value}: must be a folder or gs://bucket/prefix")
     if value.startswith("gs://"):
-        # Written in one way only: the id of a run is a digest of its location.
-        bucket, *folders = filter(None, value.removeprefix("gs://").split("/"))
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
-            raise UserError(f"--root {value}: {bucket} is not a valid bucket name; give gs://bucket/prefix")
-        return "/".join([f"gs://{bucket}", *folders])
+        from configs.google import normalised
+
+        try:
+            return normalised(value)
+        except ValueError as e:
+            raise UserError(f"--root {value}: {e}") from None
     return value
 
 
@@ -49,9 +52,16 @@ class Recipe(click.ParamType):
 
 
 root_option = click.option(
-    "--root", type=str, default=DEFAULT_ROOT, show_default=True, envvar="LAUNCH_ROOT", show_envvar=True,
-    help="Where run directories are stored: a folder, or gs://bucket/prefix (required for TPUs).", callback=_check_root,
+    "--root", type=str, envvar="LAUNCH_ROOT", show_envvar=True, callback=_check_root,
+    help="Where run directories are stored: a folder, or gs://bucket/prefix. Default: runs; on TPUs the root of `launch configure`.",
 )  # fmt: skip
+
+
+def root_of(root: str | None, backend: str) -> str:
+    """`root`, or the default on such a backend."""
+    from configs import settings
+
+    return root or (settings.load().root if backend == "tpu" else None) or DEFAULT_ROOT
 
 
 def _all(*decorators: Decorator) -> Decorator:
@@ -98,9 +108,22 @@ planning_arguments = _all(
 
 def make_plan(
     config: Path, overrides: tuple[str, ...], cluster: str | None, sbatch: tuple[str, ...],
-    settings: tuple[str, ...], tpu: str | None, keep: bool, name: str | None, root: str, max_restarts: int,
+    settings: tuple[str, ...], tpu: str | None, keep: bool, name: str | None, root: str | None, max_restarts: int,
+    *, ask: bool = False,
 ) -> "Plan":  # fmt: skip
-    """The plan by `planning_arguments`. Raises UserError."""
+    """The plan by `planning_arguments`; `ask` the user for what it lacks. Raises UserError."""
+    from launcher.commands.configure import ask_for_missing
+
+    spec = cluster_of(cluster, sbatch, settings, tpu, keep=keep)
+    if ask:
+        ask_for_missing(spec, config, overrides, root)
+    return plan_on(spec, config, overrides, name, root, max_restarts)
+
+
+def cluster_of(
+    cluster: str | None, sbatch: tuple[str, ...], settings: tuple[str, ...], tpu: str | None, *, keep: bool
+) -> "ClusterSpec":
+    """The cluster by `planning_arguments`. Raises UserError."""
     from launcher import clusters
 
     if tpu is not None:
@@ -110,8 +133,20 @@ def make_plan(
     if cluster is None and (sbatch or settings):
         option = f"--sbatch {sbatch[0]}" if sbatch else f"--set {settings[0]}"
         raise UserError(f"{option}: needs --cluster; see `launch clusters`")
-    spec = clusters.default_cluster() if cluster is None else clusters.resolve(cluster, sbatch, settings)
-    return plan_on(spec, config, overrides, name, root, max_restarts)
+    return clusters.default_cluster() if cluster is None else clusters.resolve(cluster, sbatch, settings)
+
+
+def load_recipe(config: Path, overrides: tuple[str, ...]) -> "RunConfig":
+    """The recipe with the user's overrides, and its datasets where the user's settings have them. Raises UserError."""
+    from configs import settings
+    from configs.load import load
+
+    recipe, own = load(config, overrides), settings.load()
+    splits = {
+        name: split.model_copy(update={"path": own.dataset(split.path)})
+        for name, split in (("train", recipe.data.train), ("eval", recipe.data.eval))
+    }
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=splits)})
 
 
 def plan_on(
@@ -119,19 +154,18 @@ def plan_on(
     config: Path,
     overrides: tuple[str, ...],
     name: str | None,
-    root: str,
+    root: str | None,
     max_restarts: int,
 ) -> "Plan":
     """The plan of a recipe on the cluster `spec`. Raises UserError."""
-    from configs.load import load
     from launcher import plan
     from launcher.machine.provenance import provenance
 
     return plan.make_plan(
-        load(config, overrides),
+        load_recipe(config, overrides),
         spec,
         name=run_name(config, name),
-        root=root,
+        root=root_of(root, spec.backend),
         config_file=config,
         provenance=provenance(),
         max_restarts=max_restarts,

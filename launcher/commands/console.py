@@ -1,6 +1,7 @@
 """What `launch` prints of a run: the plan, the live line, the result, new lines of logs."""
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,9 +17,20 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 2.0
 
 
-def echo(text: str) -> None:
+# What a terminal obeys instead of showing: its own escape sequences, and the other control characters.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """`text`, which hosts and others who write to a run directory may have chosen, for a terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _COLOUR.sub("", text))
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print what may contain the words of others."""
     try:
-        click.echo(text)
+        click.echo(printable(text), err=err)
     except BrokenPipeError:
         # Ctrl-C also ends the reader of `launch … | tee log`, while the run has yet to save.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,7 +50,7 @@ def print_plan(plan: "Plan") -> None:
         "directory": plan.run_directory,
     }
     for label, text in rows.items():
-        click.echo(f"{label:<12}{text}")
+        echo(f"{label:<12}{text}")
 
 
 def print_result(plan: "Plan", run: "RunDirectory", result: dict[str, Any], *, again: bool = True) -> None:
@@ -135,7 +147,7 @@ class Progress:
     def print(self, text: str) -> None:
         """Print a line that stays above the live line."""
         if self._live:
-            self._live.console.print(text, markup=False, highlight=False)
+            self._live.console.print(printable(text), markup=False, highlight=False)
         else:
             echo(text)
 
@@ -147,7 +159,7 @@ class Progress:
         if self._live:
             from rich.text import Text
 
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+            self._live.update(Text(printable(text), no_wrap=True, overflow="ellipsis"))
             return
         starting = text.endswith("…")
         due = starting or time.monotonic() - self._printed > self._plain_seconds
@@ -165,4 +177,4 @@ def print_new_lines(
     whole = content[: content.rfind(b"\n") + 1]
     offsets[attempt, process] = offset + len(whole)
     for line in whole.decode("utf-8", errors="replace").splitlines():
-        click.echo(f"{prefix}{line}")
+        echo(f"{prefix}{line}")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from configs.errors import UserError
-from configs.google import UnreachableError
-from launcher.commands import data_report
-from launcher.commands.arguments import Recipe
+from configs.google import NoAccessError, UnreachableError
+from launcher.commands import console, data_report
+from launcher.commands.arguments import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -38,14 +38,25 @@ class DataCommands(click.Group):
     command_class = DataCommand
 
 
-def check_datasets(config: "RunConfig") -> None:
-    """Open the datasets of a run, so that their errors are shown before anything is created. Raises UserError."""
+def check_datasets(config: "RunConfig", *, is_read_here: bool) -> None:
+    """Open the datasets of a run, so that their errors are shown before anything is created. Raises UserError.
+
+    Datasets that only hosts elsewhere have to read are opened where they are in a bucket. That this machine has no
+    access to the bucket is then said, and is no error.
+    """
+    places = [config.data.train.path or "", config.data.eval.path or ""]
+    if config.data.source != "records" or (
+        not is_read_here and not all(p.startswith("gs://") for p in places)
+    ):
+        return
     from trainer.data.sources.records import open_datasets
 
     try:
         open_datasets(config)
-    except UnreachableError as e:
-        raise UserError(f"{e}; try again") from None
+    except (NoAccessError, UnreachableError) as e:
+        if is_read_here:
+            raise UserError(f"{e}; try again") if isinstance(e, UnreachableError) else e from None
+        console.echo(f"not checked {e}; whether the hosts can read it shows when they start", err=True)
 
 
 @click.group(cls=DataCommands)
@@ -140,9 +151,9 @@ def verify(path: str, decode: bool, jobs: int) -> None:
         progress = begin(len(dataset.objects), sum(obj.size for obj in dataset.objects))
         bad = run(dataset, decode=decode, jobs=jobs, progress=progress)
     for b in bad:
-        click.echo(f"bad         {b.shard} byte {b.offset:,} (record {b.record}): {b.reason}")
+        console.echo(f"bad         {b.shard} byte {b.offset:,} (record {b.record}): {b.reason}")
     checked = "read and decoded" if decode else "read"
-    click.echo(f"{'verified':<12}{len(dataset):,} records {checked}, {len(bad) or 'none'} bad")
+    console.echo(f"{'verified':<12}{len(dataset):,} records {checked}, {len(bad) or 'none'} bad")
     sys.exit(1 if bad else 0)
 
 
@@ -163,21 +174,21 @@ def inspect(path: str, sheet: Path | None, count: int) -> None:
     manifest, summary = dataset.manifest, summarize(dataset)
     shards = sum(obj.size for obj in dataset.objects)
     mean, low, high = map(data_report.size, (summary.mean, summary.smallest, summary.largest))
-    click.echo(f"dataset     {path}")
-    click.echo(f"shards      {len(dataset.objects):,} of {manifest.format}, {data_report.size(shards)}")
-    click.echo(f"records     {len(dataset):,}, mean {mean} ({low} to {high})")
-    click.echo(f"digest      {manifest.digest}")
+    console.echo(f"dataset     {path}")
+    console.echo(f"shards      {len(dataset.objects):,} of {manifest.format}, {data_report.size(shards)}")
+    console.echo(f"records     {len(dataset):,}, mean {mean} ({low} to {high})")
+    console.echo(f"digest      {manifest.digest}")
     if manifest.base:
-        click.echo(f"base        {manifest.base}")
+        console.echo(f"base        {manifest.base}")
     data_report.print_classes(summary.counts, manifest.classes)
     if summary.sorted_by_class:
-        click.echo(
+        console.echo(
             "order       the dataset is sorted by class, so data.shuffle = blocks would shuffle poorly: "
             "convert the images, or set data.shuffle=global"
         )
     data_report.print_recipe(path, len(dataset), len(summary.counts))
     if sheet is not None:
-        click.echo(f"\n{write_sheet(dataset, sheet, count)} images in {sheet}")
+        console.echo(f"\n{write_sheet(dataset, sheet, count)} images in {sheet}")
 
 
 @data.command()
@@ -197,10 +208,9 @@ def order(
     config: Path, overrides: tuple[str, ...], hosts: int, host: int | None, start: int, count: int
 ) -> None:
     """Print the samples in the order of training, one per line: POSITION SHARD RECORD LABEL."""
-    from configs.load import load
     from trainer.data.tools.keys import keys
 
     if host is not None and host >= hosts:
         raise UserError(f"--host {host}: with --hosts {hosts}, must be 0 to {hosts - 1}")
-    for key in keys(load(config, overrides), hosts=hosts, host=host, start=start, num_keys=count):
-        click.echo(f"{key.position} {key.shard} {key.record} {key.label}")
+    for key in keys(load_recipe(config, overrides), hosts=hosts, host=host, start=start, num_keys=count):
+        console.echo(f"{key.position} {key.shard} {key.record} {key.label}")

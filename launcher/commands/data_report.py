@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import click
+from launcher.commands import console
 
 if TYPE_CHECKING:
     from trainer.data.storage.dataset import Manifest
@@ -16,19 +16,21 @@ CLASSES_SHOWN = 5
 
 def print_published(place: str, manifest: "Manifest") -> None:
     num_shards, num_bytes = len(manifest.shards), sum(s.size for s in manifest.shards)
-    click.echo(f"{'dataset':<12}{place}")
-    click.echo(f"{'records':<12}{manifest.num_examples:,} in {_many(num_shards, 'shard')}, {size(num_bytes)}")
+    console.echo(f"{'dataset':<12}{place}")
+    console.echo(
+        f"{'records':<12}{manifest.num_examples:,} in {_many(num_shards, 'shard')}, {size(num_bytes)}"
+    )
     if manifest.classes:
-        click.echo(f"{'classes':<12}{len(manifest.classes):,}")
-    click.echo(f"{'digest':<12}{manifest.digest}")
+        console.echo(f"{'classes':<12}{len(manifest.classes):,}")
+    console.echo(f"{'digest':<12}{manifest.digest}")
 
 
 def print_recipe(path: str, num_examples: int, num_classes: int) -> None:
-    click.echo("\nmodel:")
-    click.echo(f"  num_classes: {num_classes}")
-    click.echo("data:\n  train:")
-    click.echo(f"    path: {path}")
-    click.echo(f"    num_examples: {num_examples}")
+    console.echo("\nmodel:")
+    console.echo(f"  num_classes: {num_classes}")
+    console.echo("data:\n  train:")
+    console.echo(f"    path: {path}")
+    console.echo(f"    num_examples: {num_examples}")
 
 
 def print_classes(counts: Any, classes: tuple[str, ...] | None) -> None:
@@ -37,17 +39,17 @@ def print_classes(counts: Any, classes: tuple[str, ...] | None) -> None:
 
     low, mid, high = int(counts.min()), float(np.median(counts)), int(counts.max())
     each = f"{low:,} images each" if low == high else f"{low:,} to {high:,} images, median {mid:,.0f}"
-    click.echo(f"{'classes':<12}{len(counts):,}, {each}")
+    console.echo(f"{'classes':<12}{len(counts):,}, {each}")
     order: list[int | None] = [*sorted(range(len(counts)), key=lambda label: (-counts[label], label))]
     if len(order) > 2 * CLASSES_SHOWN:
         order = [*order[:CLASSES_SHOWN], None, *order[-CLASSES_SHOWN:]]
     for label in order:
         if label is None:
-            click.echo(f"{'':<12}…")
+            console.echo(f"{'':<12}…")
             continue
         name = classes[label] if classes else str(label)
         bar = "█" * round(BAR * counts[label] / high)
-        click.echo(f"{'':<12}{name[:20]:<20} {bar or '▏'} {counts[label]:,}")
+        console.echo(f"{'':<12}{name[:20]:<20} {bar or '▏'} {counts[label]:,}")
 
 
 def _many(count: int, noun: str) -> str:
@@ -70,8 +72,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], Callable[[int, int]
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %  {task.description}"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    stderr = Console(stderr=True)
+    bar = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
     started = time.monotonic()
 
     def begin(_num_parts: int, num_bytes: int) -> Callable[[int, int], None]:
@@ -84,7 +86,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], Callable[[int, int]
             rate = done / max(time.monotonic() - started, 1e-3)
             bar.update(task, advance=size, description=f"{done:,} {what}, {rate:,.0f}/s")
             if bar.disable and time.monotonic() - printed > 5:
-                click.echo(f"{done:,} {what}, {rate:,.0f}/s", err=True)
+                console.echo(f"{done:,} {what}, {rate:,.0f}/s", err=True)
                 printed = time.monotonic()
 
         return advance

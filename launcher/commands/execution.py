@@ -47,7 +47,7 @@ def train(
     job = executor.job_info()["job"]
     if executor.REMOTE and run.is_running():
         # Taking a lease over lasts half a minute, in which nothing else would be printed.
-        click.echo("waiting     to check whether the previous launcher of this run is still running")
+        console.echo("waiting     to check whether the previous launcher of this run is still running")
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.locked())
         if executor.REMOTE and not begin and run.result() is not None:
@@ -101,7 +101,7 @@ def _acquire(plan: "Plan", run: "RunDirectory", *, yes: bool) -> None:
     remote = backends.get_remote(plan.backend)
     quote = remote.quote(plan, run)
     if quote is not None:
-        click.echo(f"to create   {quote}")
+        console.echo(f"to create   {quote}")
         if not yes:
             if not sys.stdin.isatty():
                 raise UserError("the TPU costs money, and nothing was created; say --yes to create it")
@@ -131,11 +131,11 @@ def delete_all(project: str | None, resources: "list[Resource]") -> bool:
     with _handled([signal.SIGINT, signal.SIGTERM], lambda *_: give_up.set()):
         for resource in resources:
             if tpu.delete(project, resource, console.echo, give_up):
-                click.echo(f"deleted     {resource.name}")
+                console.echo(f"deleted     {resource.name}")
             else:
                 left.append(resource.name)
     for name in left:
-        click.echo(f"not deleted {name}: IT STILL COSTS MONEY")
+        console.echo(f"not deleted {name}: IT STILL COSTS MONEY")
     return not left
 
 
@@ -146,17 +146,17 @@ def clean_up(plan: "Plan", run: "RunDirectory") -> int:
 
     if not is_remote(run) or run.result() is None or not run.resources.left_behind():
         return EXIT_DONE
-    click.echo(f"left behind {', '.join(rented.name for rented in run.resources.left_behind())}")
+    console.echo(f"left behind {', '.join(rented.name for rented in run.resources.left_behind())}")
     try:
         with run.locked():
             if run.result() is None:
                 return EXIT_DONE  # the run goes on
             released = _release(plan, run, console.echo)
     except RunHeldError as e:
-        click.echo(f"not deleted: {e}")
+        console.echo(f"not deleted: {e}")
         return EXIT_FAILED
     if released.costs_money:
-        click.echo(released.sentence)
+        console.echo(released.sentence)
     return EXIT_FAILED if released.costs_money else EXIT_DONE
 
 
@@ -171,7 +171,7 @@ def submit(plan: "Plan", run: "RunDirectory") -> None:
         job = backends.get_queue(plan.backend).submit(plan, run)
         run.write_plan(plan)
         run.begin_launch(job)
-    click.echo(f"job         {job}")
+    console.echo(f"job         {job}")
 
 
 def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
@@ -198,11 +198,11 @@ def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
             f"`launch attach {plan.name}` follows it",
             f"`launch stop {plan.name}` has it save and end",
         )
-        click.echo(f"\nleft running{where}: {follows}, {stops}")
+        console.echo(f"\nleft running{where}: {follows}, {stops}")
         return EXIT_STOPPED
     result = run.result()
     if result is None or result["status"] != state.status:
-        click.echo(
+        console.echo(
             f"run {plan.name} is {state}; see {run.location}/logs; repeat the `launch` command to resume"
         )
         return EXIT_CODES.get(state.status, EXIT_CODES["failed"])

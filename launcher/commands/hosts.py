@@ -11,7 +11,7 @@ import click
 
 from configs.errors import UserError
 from launcher.commands import console, execution
-from launcher.commands.arguments import plan_on, recipe_arguments, run_name
+from launcher.commands.arguments import plan_on, recipe_arguments, root_of, run_name
 from launcher.commands.runs import check_can_resume, is_complete, state_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def supervise(directory: Path) -> None:
 
 @click.command()
 @recipe_arguments
-def worker(config: Path, overrides: tuple[str, ...], name: str | None, root: str) -> None:
+def worker(config: Path, overrides: tuple[str, ...], name: str | None, root: str | None) -> None:
     """Run one process of a run that you start yourself: by srun, or on each VM of a TPU slice."""
     from launcher import backends
     from launcher.host.external import REFUSED, ExternalExecutor, start_worker_on
@@ -74,7 +74,7 @@ def worker(config: Path, overrides: tuple[str, ...], name: str | None, root: str
 
 
 def _worker_here(
-    root: str, name: str
+    root: str | None, name: str
 ) -> tuple["WorkerHost", "RunDirectory", "ClusterSpec", Callable[[], str]]:
     """The host that `launch worker` was typed on, its run and cluster, and what `Gang.stopped_by` is to answer.
 
@@ -89,13 +89,17 @@ def _worker_here(
     from launcher.rundir import RunDirectory
 
     if task := current_task():
-        run, spec = RunDirectory(Path(root).absolute() / name), clusters.from_slurm_task(task)
+        run, spec = (
+            RunDirectory(Path(root_of(root, "slurm")).absolute() / name),
+            clusters.from_slurm_task(task),
+        )
         return SlurmTaskHost(task, run), run, spec, slurm_commands.current_stop_cause
     vm = metadata.tpu_worker()
     if vm is None:
         raise UserError(
             "launch worker: neither in a SLURM step nor on a TPU VM; run `launch CONFIG`, or `srun … launch worker CONFIG`"
         )
+    root = root_of(root, "tpu")
     if not root.startswith("gs://"):
         raise UserError(
             f"--root {root}: the VMs of a slice do not share a file system; give --root gs://bucket/prefix"

@@ -10,48 +10,60 @@ import click
 from configs.errors import UserError
 from launcher.commands import console, execution
 from launcher.commands.arguments import root_option
-from launcher.commands.runs import backend_of, find_run, is_remote, plan_of, state_of, states
+from launcher.commands.runs import (
+    all_runs,
+    backend_of,
+    find_run,
+    is_remote,
+    plan_of,
+    roots_of,
+    state_of,
+    states,
+)
+from launcher.commands.trust import own_options, own_plan
 
 
 @click.command()
 @click.argument("name", required=False)
 @root_option
-def status(name: str | None, root: str) -> None:
+def status(name: str | None, root: str | None) -> None:
     """Show the state of a run; without NAME, of the last one launched."""
     from launcher.supervise import describe_failure
 
     run = find_run(root, name)
     report = run.hosts.report(0)
-    click.echo(f"run         {run.name} ({state_of(run)})")
-    click.echo(f"directory   {run.location}")
+    console.echo(f"run         {run.name} ({state_of(run)})")
+    console.echo(f"directory   {run.location}")
     if "devices" in report:
-        click.echo(f"devices     {report['devices']}")
+        console.echo(f"devices     {report['devices']}")
     if report:
-        click.echo(f"progress    {console.progress_text(plan_of(run), report)}")
-        click.echo(f"last report {time.time() - report['time']:.0f} s ago, {report.get('phase')}")
-    click.echo(f"checkpoints {', '.join(map(str, run.checkpoint_steps())) or 'none yet'}")
+        console.echo(f"progress    {console.progress_text(plan_of(run), report)}")
+        console.echo(f"last report {time.time() - report['time']:.0f} s ago, {report.get('phase')}")
+    console.echo(f"checkpoints {', '.join(map(str, run.checkpoint_steps())) or 'none yet'}")
     for a in run.attempts.all():
         job = f", job {a['job']}" if a.get("job") else ""
         if a.get("restart_count"):
             job += f" requeued {a['restart_count']}×"
         steps = f"steps {a['from_step']} to {a['reached_step']} in {console.duration(a['wall_seconds'])}"
-        click.echo(f"attempt {a['attempt']:<4}{a['verdict']}, {steps}{job}")
+        console.echo(f"attempt {a['attempt']:<4}{a['verdict']}, {steps}{job}")
         if a["failure"]:
-            click.echo(f"            {describe_failure(a['failure'])}")
+            console.echo(f"            {describe_failure(a['failure'])}")
 
 
 @click.command()
 @click.argument("name", required=False)
+@own_options
 @root_option
-def attach(name: str | None, root: str) -> None:
+def attach(name: str | None, settings: tuple[str, ...], yes: bool, root: str | None) -> None:
     """Follow a run that was launched elsewhere; supervise it if no other launcher does."""
     from launcher.rundir import RunHeldError
 
     run = find_run(root, name)
-    plan = plan_of(run)
     if is_remote(run) and state_of(run).is_active:
+        plan = own_plan(run, settings, yes=yes)
         with contextlib.suppress(RunHeldError):  # then another launcher looks after it
             sys.exit(execution.train(plan, run, backend_of(run), requeue=False, begin=False))
+    plan = plan_of(run)
     code = execution.follow(plan, run, again=False)
     sys.exit(execution.clean_up(plan, run) or code)
 
@@ -61,7 +73,7 @@ def attach(name: str | None, root: str) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Keep printing new lines until the run ends.")
 @click.option("--host", type=click.IntRange(min=0), help="Print only the log of this host.")
 @root_option
-def logs(name: str | None, follow: bool, host: int | None, root: str) -> None:
+def logs(name: str | None, follow: bool, host: int | None, root: str | None) -> None:
     """Print the logs of the newest attempt, each line with its host."""
     run = find_run(root, name)
     processes = plan_of(run).processes
@@ -78,26 +90,24 @@ def logs(name: str | None, follow: bool, host: int | None, root: str) -> None:
 
 @click.command("list")
 @root_option
-def list_runs(root: str) -> None:
+def list_runs(root: str | None) -> None:
     """List all runs, the most recently launched first."""
-    from launcher import rundir
-
-    found = rundir.list_runs(root)
+    found = all_runs(root)
     if not found:
-        click.echo(f"no runs in {root}")
+        console.echo(f"no runs in {' or '.join(roots_of(root))}")
     for run in found:
         plan, state, step = plan_of(run), state_of(run), run.hosts.report(0).get("step", 0)
-        click.echo(f"{run.name:<24} {state.status:<12} step {step}/{plan.steps:<10} {plan.cluster}")
+        console.echo(f"{run.name:<24} {state.status:<12} step {step}/{plan.steps:<10} {plan.cluster}")
         if state.costs:
-            click.echo(f"{'':<24} {state.costs}")
+            console.echo(f"{'':<24} {state.costs}")
 
 
 @click.command()
 @click.argument("name", required=False)
 @root_option
-def tensorboard(name: str | None, root: str) -> None:
-    """Open TensorBoard for the run NAME, or for all runs in --root."""
+def tensorboard(name: str | None, root: str | None) -> None:
+    """Open TensorBoard for the run NAME, or for all runs beside the one launched last."""
     run = find_run(root, name)
-    logdir = root if name is None else run.tensorboard()
+    logdir = run.tensorboard() if name else (run.location.rpartition("/")[0] or ".")
     # In the place of this process, so that Ctrl-C ends TensorBoard itself.
     os.execvp(sys.executable, [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", logdir])

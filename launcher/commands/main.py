@@ -8,7 +8,7 @@ import click
 
 from configs.errors import UserError
 from configs.google import UnreachableError
-from launcher.commands import data, hosts, look, reference, run, stop, tpu
+from launcher.commands import configure, console, data, hosts, look, reference, run, stop, tpu
 
 
 class Commands(click.Group):
@@ -37,7 +37,7 @@ def _shown_errors() -> Iterator[None]:
     except (UserError, UnreachableError) as e:
         later = "; try again" if isinstance(e, UnreachableError) else ""
         for line in f"{e}{later}".splitlines():
-            click.echo(f"error: {line}", err=True)
+            console.echo(f"error: {line}", err=True)
         raise click.exceptions.Exit(2) from None
 
 
@@ -59,6 +59,6 @@ def main() -> None:
 for command in (
     *(run.run, run.show_plan, hosts.supervise, hosts.worker),
     *(look.status, look.attach, look.logs, look.list_runs, look.tensorboard),
-    *(stop.stop, tpu.ssh, tpu.gc, reference.clusters, reference.schema, data.data),
+    *(stop.stop, tpu.ssh, tpu.gc, reference.clusters, reference.schema, configure.configure, data.data),
 ):
     main.add_command(command)

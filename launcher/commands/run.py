@@ -11,6 +11,7 @@ from launcher.commands import console, execution
 from launcher.commands.arguments import make_plan, planning_arguments
 from launcher.commands.data import check_datasets
 from launcher.commands.runs import check_can_resume, check_not_in_another_job, is_complete, state_of
+from launcher.commands.trust import note_launch
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -42,7 +43,7 @@ def run(
     from launcher import backends
     from launcher.rundir import RunDirectory
 
-    plan = make_plan(config, overrides, **planning)
+    plan = make_plan(config, overrides, **planning, ask=True)
     backend = backends.get(plan.backend)
     if backend.REMOTE:
         plan = backends.get_remote(plan.backend).resolve(plan)
@@ -67,15 +68,16 @@ def run(
             f"run {plan.name} is {state}, and was launched with other settings ({'; '.join(changes)}): go on with `launch attach "
             f"{plan.name}`, or end it first with `launch stop {plan.name}`"
         )
-    if plan.config["data"]["source"] == "records" and plan.submission is None:
-        check_datasets(plan.run_config())  # elsewhere the datasets may be within reach of the hosts alone
+    check_datasets(plan.run_config(), is_read_here=plan.submission is None)
     console.print_plan(plan)
     for change in changes:
-        click.echo(f"changed     {change}")
+        console.echo(f"changed     {change}")
     if changes and not yes and sys.stdin.isatty():
         click.confirm("Resume this run?", default=True, abort=True)
     if plan.submission is None or backend.REMOTE:
         backend.check(plan)
+        if backend.REMOTE:
+            note_launch(plan)
         begin = not (requeue and directory.job.id() == backend.job_info()["job"])
         code = execution.train(plan, directory, backend, requeue=requeue, begin=begin, yes=yes, detach=detach)
         sys.exit(code)
@@ -98,6 +100,7 @@ def show_plan(config: Path, overrides: tuple[str, ...], as_json: bool, **plannin
     if as_json:
         click.echo(plan.to_json())
     else:
+        check_datasets(plan.run_config(), is_read_here=False)
         console.print_plan(plan)
         _print_price(plan)
 
@@ -107,4 +110,4 @@ def _print_price(plan: "Plan") -> None:
     from launcher import backends
 
     if backends.get(plan.backend).REMOTE and plan.submission is not None:
-        click.echo(f"price       {backends.get_remote(plan.backend).estimate(plan)}")
+        console.echo(f"price       {backends.get_remote(plan.backend).estimate(plan)}")

@@ -3,12 +3,12 @@
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from configs.errors import UserError
 from launcher.commands import console
+from launcher.commands.arguments import root_of
 
 if TYPE_CHECKING:
     from launcher.gang import Backend, State
@@ -18,21 +18,44 @@ if TYPE_CHECKING:
 FOLLOW_SECONDS = 0.3  # reads of the run directory, by which a user sees progress
 
 
-def find_run(root: str, name: str | None) -> "RunDirectory":
-    """The run called `name`, or the one launched last. Raises UserError, with the nearest name."""
-    from configs.load import nearest
+def roots_of(root: str | None) -> list[str]:
+    """Where `launch` stores runs: in `root`, or else where it does by default, on this machine and for TPUs."""
+    return [root] if root else list(dict.fromkeys(root_of(None, backend) for backend in ("local", "tpu")))
+
+
+def all_runs(root: str | None) -> list["RunDirectory"]:
+    """All runs below `roots_of(root)`, the one launched last first. Raises UserError."""
     from launcher.rundir import list_runs
 
-    found = list_runs(root)
+    roots = roots_of(root)
+    try:
+        return list_runs(*roots)
+    except UserError as e:
+        if not (here := list_runs(roots[0]) if len(roots) > 1 else []):
+            raise
+        console.echo(f"not looked at: {e}", err=True)  # the runs on this machine are there without it
+        return here
+
+
+def find_run(root: str | None, name: str | None) -> "RunDirectory":
+    """The run called `name`, or the one launched last. Raises UserError, with the nearest name."""
+    from configs.load import nearest
+    from launcher.rundir import RunDirectory
+
+    roots = roots_of(root)
+    # A run in a folder is found without asking a bucket, which may be out of reach.
+    if name and len(roots) > 1 and (Path(roots[0]) / name / "plan.json").is_file():
+        return RunDirectory(Path(roots[0]) / name)
+    found, where = all_runs(root), " or ".join(roots)
     if not found:
-        raise UserError(f"no runs in {root}; give the --root that `launch` was given")
+        raise UserError(f"no runs in {where}; give the --root that `launch` was given")
     if name is None:
         return found[0]
     for run in found:
         if run.name == name:
             return run
     names = [r.name for r in found]
-    raise UserError(f"no run {name!r} in {root}{nearest(name, names)} (there are: {', '.join(names)})")
+    raise UserError(f"no run {name!r} in {where}{nearest(name, names)} (there are: {', '.join(names)})")
 
 
 def plan_of(run: "RunDirectory") -> "Plan":
@@ -140,7 +163,7 @@ def is_complete(plan: "Plan", run: "RunDirectory") -> bool:
     result = run.result()
     if result is None or result["status"] != "completed" or result["step"] < plan.steps:
         return False
-    click.echo(
+    console.echo(
         f"run {plan.name} is complete; start another run with --name, or train longer with train.epochs=…"
     )
     console.print_result(plan, run, result)

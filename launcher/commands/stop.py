@@ -7,26 +7,29 @@ import time
 import click
 
 from configs.errors import UserError
-from launcher.commands import execution
+from launcher.commands import console, execution
 from launcher.commands.arguments import root_option
 from launcher.commands.runs import backend_of, find_run, is_remote, plan_of, state_of, states
+from launcher.commands.trust import own_options, own_plan
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the save.")
+@own_options
 @root_option
-def stop(name: str | None, timeout: float, root: str) -> None:
+def stop(name: str | None, timeout: float, settings: tuple[str, ...], yes: bool, root: str | None) -> None:
     """Let a running run save and stop; cancel a queued one."""
     from launcher import backends
     from launcher.rundir import RunHeldError
     from launcher.supervise import EXIT_FAILED, write_result
 
     run = find_run(root, name)
-    plan, backend, state = plan_of(run), backend_of(run), state_of(run)
+    backend, state = backend_of(run), state_of(run)
     if not state.is_active:
-        click.echo(f"run {run.name} is not running ({state})")
-        sys.exit(execution.clean_up(plan, run))
+        console.echo(f"run {run.name} is not running ({state})")
+        sys.exit(execution.clean_up(plan_of(run), run))
+    plan = own_plan(run, settings, yes=yes)
     run.request_stop()  # also for a run that begins meanwhile
     if is_remote(run):
         with contextlib.suppress(RunHeldError):  # then the launcher that looks after it ends it
@@ -41,5 +44,5 @@ def stop(name: str | None, timeout: float, root: str) -> None:
     for state in states(run):
         if state.is_active and time.monotonic() > deadline:
             raise UserError(f"run {run.name} has not stopped within {timeout:g} s; see `launch status`")
-    click.echo(f"run {run.name} is {state}")
+    console.echo(f"run {run.name} is {state}")
     sys.exit(execution.clean_up(plan, run))

@@ -7,6 +7,7 @@ can try to reach it.
 
 import contextlib
 import json
+import pwd
 import socket
 import sys
 import time
@@ -73,15 +74,30 @@ def _chip_problems(plan: Plan, dev: Path = Path("/dev")) -> list[str]:
         return [f"{problem}: delete this TPU, and create another"]
     if users := processes_using(chips):
         return [f"its TPU chips are in use by {', '.join(users)}: stop these processes, or use another TPU"]
-    # A killed process leaves the file behind, and libtpu would refuse to start
-    # (https://github.com/jax-ml/jax/issues/10192).
-    with contextlib.suppress(OSError):
+    return _lock_problems()
+
+
+def _lock_problems() -> list[str]:
+    """Remove libtpu's lock file: a killed process leaves it behind (https://github.com/jax-ml/jax/issues/10192)."""
+    try:
         LOCK_FILE.unlink(missing_ok=True)
+    except OSError:
+        # Nobody but its owner and root may remove a file in /tmp, and libtpu refuses to start beside it.
+        uid = LOCK_FILE.stat().st_uid
+        with contextlib.suppress(KeyError):
+            return [_foreign_lock(f"user {pwd.getpwuid(uid).pw_name}")]
+        return [_foreign_lock(f"user number {uid}")]
     return []
+
+
+def _foreign_lock(owner: str) -> str:
+    return f"{LOCK_FILE} is left from a process of {owner}, and TPUs cannot be used beside it: `sudo rm {LOCK_FILE}`"
 
 
 def _path_problems(plan: Plan) -> list[str]:
     data = plan.config["data"]
+    if data["source"] != "records":
+        return []
     paths = {f"data.{split}.path": (data.get(split) or {}).get("path") for split in ("train", "eval")}
     return [
         f"{key} = {path} does not exist: put the data under gs://, or copy it to each VM"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import google
+from configs import settings as user_settings
 from configs.errors import UserError
 from launcher.providers import OWNER, Condition, Machine, Request, Resource
 
@@ -52,6 +53,10 @@ _USERS_CODES = {3, 5, 7, 9}
 _NO_CAPACITY = re.compile(
     r"capacity|stock-?out|exhausted|enough resources|unavailable|not available|preempt", re.I
 )
+
+
+class NotGivenError(UserError):
+    """Neither the user nor gcloud says which project or zone."""
 
 
 @dataclass(frozen=True)
@@ -238,25 +243,31 @@ class CloudTpu:
 
 
 def project_and_zone(project: str | None, zone: str | None) -> tuple[str, str]:
-    """Project and zone as given, or as gcloud and Google's clients find them. Raises UserError where one is missing."""
-    settings, environment = _gcloud_settings(), os.environ
+    """Project and zone as given, or as the user's settings, gcloud and Google's clients have them. Raises NotGivenError."""
+    settings, environment, own = _gcloud_settings(), os.environ, user_settings.load()
     project = (
         project
         or environment.get("GOOGLE_CLOUD_PROJECT")
         or environment.get("CLOUDSDK_CORE_PROJECT")
+        or own.project
         or settings.get("core", "project", fallback=None)
         or _project_of_credentials()
     )
-    zone = zone or environment.get("CLOUDSDK_COMPUTE_ZONE") or settings.get("compute", "zone", fallback=None)
+    zone = (
+        zone
+        or environment.get("CLOUDSDK_COMPUTE_ZONE")
+        or own.zone
+        or settings.get("compute", "zone", fallback=None)
+    )
     if not project:
-        raise UserError(
-            "no Google Cloud project is given; set one with `gcloud config set project PROJECT`, "
-            "or with the variable GOOGLE_CLOUD_PROJECT"
+        raise NotGivenError(
+            "no Google Cloud project is given; set one once with `launch configure project=PROJECT` "
+            "or `gcloud config set project PROJECT`, or with the variable GOOGLE_CLOUD_PROJECT"
         )
     if not zone:
-        raise UserError(
-            "no zone is given; set one with `gcloud config set compute/zone ZONE`, "
-            "or with the variable CLOUDSDK_COMPUTE_ZONE"
+        raise NotGivenError(
+            "no zone is given; set one once with `launch configure zone=ZONE` "
+            "or `gcloud config set compute/zone ZONE`, or with the variable CLOUDSDK_COMPUTE_ZONE"
         )
     return project, zone
 

@@ -20,7 +20,7 @@ from launcher.remote.attempt import RemoteAttempt
 from launcher.remote.hosts import Hosts
 from launcher.remote.prepare import remote_program
 from launcher.remote.rental import GONE
-from launcher.remote.ssh import Ssh, last_line
+from launcher.remote.ssh import Ssh, last_lines
 
 # How often the provider is asked for the condition of the hosts; while one is silent, more often.
 CHECK_SECONDS = 15.0
@@ -102,7 +102,7 @@ class Follower:
                     self._ended(entry["time"], self._exit(process, entry))
                     channel.terminate()
                     return
-            self._last_errors[process] = last_line(channel.stderr.read())
+            self._last_errors[process] = "".join(last_lines(channel.stderr.read()))
             self._silent_since.setdefault(process, time.monotonic())
             channel.wait()  # reaps the process of ssh
             attempt.detached.wait(RECONNECT_SECONDS)

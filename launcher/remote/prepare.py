@@ -18,9 +18,10 @@ from launcher.host.process import host_program
 from launcher.providers import Machine
 from launcher.remote import shipping
 from launcher.remote.attempt import RemoteAttempt
-from launcher.remote.ssh import Ssh, last_line
+from launcher.remote.ssh import Ssh, last_lines
 from launcher.rundir import run_id
 
+SETUP_LINES = 10  # of the environment's script, whose cause is rarely in its last line
 MEGASCALE_PORT = 8080  # libtpu's default
 # Google's services refuse requests whose clock is off by more than some minutes.
 CLOCK_SECONDS = 60.0
@@ -142,7 +143,11 @@ class Preparation:
             return self._cluster.python
         self._attempt.report_phase("making the environment of the hosts from the lock file")
         environments = f"{Path(folder).parent}/environments"
-        output = self._ssh.run(process, "sh", f"{folder}/code/{shipping.SETUP}", environments)
+        script = f"{folder}/code/{shipping.SETUP}"
+        # With the cluster's variables, such as PIP_INDEX_URL of a mirror.
+        variables = [f"{key}={value}" for key, value in self._cluster.environment.items()]
+        command = ["env", *variables, "sh", script, environments, self._cluster.interpreter or ""]
+        output = self._ssh.run(process, *command, num_lines=SETUP_LINES)
         return output.decode().strip().splitlines()[-1]
 
     def _preflight(self, folders: list[str], pythons: list[str]) -> tuple[str, str]:
@@ -189,7 +194,7 @@ class Preparation:
             line = process.stdout.readline()
             if not line:
                 raise self._ssh.error(
-                    0, last_line(process.stderr.read()) or "preflight ends without a report"
+                    0, "".join(last_lines(process.stderr.read())) or "preflight ends without a report"
                 )
             report = json.loads(line)
             yield self._checked(0, report, report)

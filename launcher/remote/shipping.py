@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tarfile
+import zlib
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from podlaunch import HOME
 
 LOCK = "requirements-tpu.txt"
 SETUP = "deploy/tpu/environment.sh"
+# What SETUP needs beside itself.
+INTERPRETER = ("deploy/tpu/interpreter.py", "deploy/tpu/interpreter.json")
 STARTUP = "deploy/tpu/startup.sh"
 
 
@@ -58,15 +61,18 @@ def _without_owner(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 class CodeArchive:
-    """The files of an archive."""
+    """The files of an archive, in memory: on this machine nothing of it is written, and nothing runs."""
 
     def __init__(self, packed: bytes):
         self._packed = packed
 
     @cached_property
     def _contents(self) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
-        with tarfile.open(fileobj=io.BytesIO(self._packed)) as tar:
-            return {entry.name: (entry, _content(tar, entry)) for entry in tar}
+        try:
+            with tarfile.open(fileobj=io.BytesIO(self._packed)) as tar:
+                return {entry.name: (entry, _content(tar, entry)) for entry in tar}
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
+            raise UserError(f"the code of the run cannot be unpacked: {e}; `launch` the run anew") from None
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -81,7 +87,7 @@ class CodeArchive:
     @property
     def has_environment(self) -> bool:
         """Whether the archive has the files from which a host makes its Python."""
-        return {LOCK, SETUP} <= self.digests.keys()
+        return {LOCK, SETUP, *INTERPRETER} <= self.digests.keys()
 
     def delta(self, present: dict[str, str]) -> bytes | None:
         """A tar of the files that a host is missing; None where it has all. `present`: the digests of what it has."""
@@ -101,8 +107,10 @@ class CodeArchive:
 
 
 def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(entry)
-    assert file is not None  # `_files` gives files alone
+    file = tar.extractfile(entry) if entry.isfile() else None
+    # The archive comes back from the run directory, where others may have put another.
+    if file is None or entry.name.startswith("/") or ".." in entry.name.split("/"):
+        raise tarfile.TarError(f"{entry.name!r} is not a file below the folder of the code")
     return file.read()
 
 

@@ -7,9 +7,7 @@ first connection is kept under the host's alias.
 import contextlib
 import resource
 import shlex
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ from typing import TypeVar
 
 from configs.clusters import TpuCluster
 from configs.errors import UserError
+from configs.files import temporary_folder
 from launcher.providers import Machine
 
 CONNECT_SECONDS = 10
@@ -80,7 +79,7 @@ class Ssh:
             f"ControlPath={self._folder}/%C",
             "ControlPersist=600",
             *([] if terminal else ["BatchMode=yes"]),
-            *([f'IdentityFile="{key}"'] if (key := key_file(cluster)).exists() else []),
+            *_identity(cluster),
             *([f"ProxyCommand={_tunnel(cluster)}"] if cluster.reach == "iap" else []),
         ]
         return [
@@ -93,8 +92,13 @@ class Ssh:
             *([shlex.join(remote)] if remote else []),
         ]
 
-    def run(self, process: int, *remote: str, text: bytes = b"", seconds: float = 60.0) -> bytes:
-        """Standard output of a command on a host; a connection is tried for `seconds`. Raises HostError."""
+    def run(
+        self, process: int, *remote: str, text: bytes = b"", seconds: float = 60.0, num_lines: int = 1
+    ) -> bytes:
+        """Standard output of a command on a host; a connection is tried for `seconds`.
+
+        Raises HostError, with the last `num_lines` that the command wrote to standard error.
+        """
         deadline = time.monotonic() + seconds
         while True:
             done = subprocess.run(
@@ -105,9 +109,10 @@ class Ssh:
             )
             if done.returncode == 0:
                 return done.stdout
-            message = last_line(done.stderr) or f"{remote[0]} ends with exit code {done.returncode}"
+            lines = last_lines(done.stderr, num_lines)
+            message = lines[-1] if lines else f"{remote[0]} ends with exit code {done.returncode}"
             if done.returncode != UNREACHABLE:
-                raise self.error(process, message)
+                raise self.error(process, "\n            | ".join([message, *lines[:-1]]))
             if b"Host key verification failed" in done.stderr:
                 message = "its host key is not the one that the provider tells: something else answers at"
                 raise self.error(process, f"{message} {self.address(process)}", is_users=True)
@@ -153,15 +158,24 @@ def connected(cluster: TpuCluster, machines: Sequence[Machine]) -> Iterator[Ssh]
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(allowed, MAX_OPEN_FILES), allowed))
     # Not below the user's TMPDIR: the path of a socket has room for about 100 characters.
-    folder = Path(tempfile.mkdtemp(prefix="podlaunch-", dir="/tmp"))  # of mode 700
-    ssh = Ssh(cluster, machines, folder)
-    try:
-        yield ssh
-    finally:
-        for socket in folder.glob("*"):
-            if socket.is_socket():
-                subprocess.run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "-"], capture_output=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder("ssh", Path("/tmp"), _close_connections) as folder:  # noqa: S108 (a folder of the user's own)
+        yield Ssh(cluster, machines, folder)
+
+
+def _close_connections(folder: Path) -> None:
+    """End the processes of ssh that hold the shared connections, which outlive the launcher for ten minutes."""
+    for socket in folder.glob("*"):
+        if socket.is_socket():
+            subprocess.run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "-"], capture_output=True)
+
+
+def _identity(cluster: TpuCluster) -> list[str]:
+    """The key that the hosts accept, and no other: an agent offers all of its keys, and sshd gives up after six."""
+    key = key_file(cluster)
+    # Where only the public half is there, the agent has the private one.
+    if not key.exists() and not key.with_name(f"{key.name}.pub").exists():
+        return []
+    return [f'IdentityFile="{key}"', "IdentitiesOnly=yes"]
 
 
 def key_file(cluster: TpuCluster) -> Path:
@@ -175,7 +189,7 @@ def public_key(cluster: TpuCluster) -> str:
     """
     file = key_file(cluster)
     public = file.with_name(f"{file.name}.pub")
-    if not file.exists() and cluster.ssh_key is None:
+    if not file.exists() and not public.exists() and cluster.ssh_key is None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "podlaunch", "-f", str(file)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
@@ -193,6 +207,7 @@ def _tunnel(cluster: TpuCluster) -> str:
     ])  # fmt: skip
 
 
-def last_line(stderr: bytes) -> str:
-    lines = [line for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+def last_lines(stderr: bytes, count: int = 1) -> list[str]:
+    """The last lines that are not empty."""
+    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
+    return list(filter(None, lines))[-count:]

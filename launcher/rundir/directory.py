@@ -14,7 +14,7 @@ from uuid import uuid4
 from configs import checkpoints
 from configs.errors import UserError
 from launcher.plan import Plan
-from launcher.rundir import storage
+from launcher.rundir import shared, storage
 from launcher.rundir.attempts import Attempts
 from launcher.rundir.hosts import HostFiles, Rendezvous
 from launcher.rundir.job import JobFiles
@@ -60,9 +60,14 @@ class RunDirectory:
         self.resources = Resources(self._files)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether it is under gs://, where others may write."""
+        return self.location.startswith("gs://")
+
+    @property
     def path(self) -> Path:
         """The folder of a run directory that is not under gs://."""
-        assert not self.location.startswith("gs://")
+        assert not self.is_shared
         return Path(self.location)
 
     def refresh(self) -> None:
@@ -75,14 +80,18 @@ class RunDirectory:
         """The plan of the newest launch. Raises UserError where plan.json is not one of this podlaunch."""
         text = self._files.read("plan.json")
         try:
-            return Plan.from_json(text) if text else None
-        except (ValueError, TypeError) as e:
+            plan = Plan.from_json(text) if text else None
+            return shared.as_data(plan, self.location) if plan and self.is_shared else plan
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             problem = f"{self.location}/plan.json is not a plan of this podlaunch ({e})"
             raise UserError(f"{problem}; choose another --name or --root") from None
 
     def write_plan(self, plan: Plan) -> None:
         """Raises UserError where the directory cannot be written."""
-        self._files.write("plan.json", plan.to_json())
+        stored = shared.without_own_settings(plan) if self.is_shared else plan
+        self._files.write("plan.json", stored.to_json())
 
     @contextmanager
     def planned(self, plan: Plan) -> Iterator[None]:
@@ -210,11 +219,13 @@ class RunDirectory:
         if not identity:
             identity = uuid4().hex
             self._files.write(".id", identity)
-        directory = self.location if self.location.startswith("gs://") else str(self.path.absolute())
+        directory = self.location if self.is_shared else str(self.path.absolute())
         claim = {"run": self.name, "directory": directory, "host": gethostname(), "id": identity}
         checkpoints.claim(location, claim)
 
 
-def list_runs(root: Path | str) -> list[RunDirectory]:
-    """All runs below `root`, the one launched last first."""
-    return [RunDirectory(location) for location in storage.list_plans(str(root))]
+def list_runs(*roots: Path | str) -> list[RunDirectory]:
+    """All runs below `roots`, the one launched last first."""
+    found = storage.list_plans(*map(str, roots))
+    # Others who write to a bucket may choose names that are none of a run's.
+    return [RunDirectory(place) for place in found if NAME.fullmatch(place.rpartition("/")[2])]

@@ -69,12 +69,15 @@ def open_files(location: str) -> Files:
     return Bucket(location) if location.startswith("gs://") else Folder(Path(location))
 
 
-def list_plans(root: str) -> list[str]:
-    """Locations of the run directories below `root` that have a plan, the newest first."""
-    if root.startswith("gs://"):
-        return [f"{root.rstrip('/')}/{name}" for name in Bucket(root).plans()]
-    plans = sorted(Path(root).glob("*/plan.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-    return [str(plan.parent) for plan in plans]
+def list_plans(*roots: str) -> list[str]:
+    """Locations of the run directories below `roots` that have a plan, the newest first."""
+    found: list[tuple[float, str]] = []
+    for root in roots:
+        if root.startswith("gs://"):
+            found += [(written, f"{root.rstrip('/')}/{name}") for written, name in Bucket(root).plans()]
+        else:
+            found += [(p.stat().st_mtime, str(p.parent)) for p in Path(root).glob("*/plan.json")]
+    return [location for _, location in sorted(found, key=lambda entry: entry[0], reverse=True)]
 
 
 class Folder:
@@ -247,15 +250,14 @@ class Bucket:
         self._listings[folder] = (time.monotonic(), names)
         return names
 
-    def plans(self) -> list[str]:
-        """Names of the runs below this location, the one launched last first."""
+    def plans(self) -> list[tuple[float, str]]:
+        """When the plan of each run below this location was written, and the run's name."""
         with self._explained():
             # The pattern is matched by the service, so checkpoints and logs are not listed.
             prefix, pattern = self._prefix or None, "**/plan.json"
             listing = self._bucket.list_blobs(prefix=prefix, match_glob=pattern, retry=google.retry())
-            newest_first = sorted(listing, key=lambda blob: blob.updated, reverse=True)
-        names = [blob.name.removeprefix(self._prefix) for blob in newest_first]
-        return [name.removesuffix("/plan.json") for name in names if re.fullmatch(r"[^/]+/plan\.json", name)]
+            plans = [(blob.updated.timestamp(), blob.name.removeprefix(self._prefix)) for blob in listing]
+        return [(at, n.removesuffix("/plan.json")) for at, n in plans if re.fullmatch(r"[^/]+/plan\.json", n)]
 
     def refresh(self) -> None:
         self._listings.clear()

@@ -92,6 +92,7 @@ class Cloud:
             **tpu_api.environment(self.api.address),
             "HOME": str(home),
             "XDG_CONFIG_HOME": str(home / ".config"),
+            "XDG_STATE_HOME": str(home / ".local" / "state"),
         }
 
     def environment_there(self) -> dict[str, str]:

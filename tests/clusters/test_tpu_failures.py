@@ -62,7 +62,7 @@ def test_a_killed_launcher_leaves_a_run_that_another_laptop_goes_on_with(
     launched.process.kill()
     launched.process.wait()
     other = make_cloud_run(like=run)
-    attached = other.command("attach", run.name)
+    attached = other.command("attach", "--yes", run.name)
     other.wait_until(lambda: "step 2/" in attached.text, "it is followed")
     run.let_go()
     assert attached.wait() == 0, attached.text

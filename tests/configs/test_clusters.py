@@ -142,6 +142,15 @@ def test_a_wait_without_end_is_one_of_a_day():
     )
 
 
+@pytest.mark.parametrize("address", ["http://mirror/python", "python", "gs://", "https://a b"])
+def test_interpreter_comes_from_an_address_that_is_safe_to_ask(write, address):
+    write(f'a: {{accelerator: v4-8, interpreter: "{address}"}}')
+    with pytest.raises(
+        UserError, match=r"a.interpreter = .*: must be gs://bucket/prefix or https://host/folder"
+    ):
+        named_clusters()
+
+
 @pytest.mark.parametrize("model", [SlurmCluster, TpuCluster])
 def test_every_setting_explains_itself(model):
     assert [name for name, field in model.model_fields.items() if not field.description] == []

@@ -90,9 +90,11 @@ def test_a_model_axis_that_crosses_nodes_or_splits_next_to_nothing_is_refused(pl
 
 
 def test_a_model_axis_fits_into_a_tpu_slice_but_not_over_two():
-    config = load(Path(configs.__file__).parent / "r50.yaml", ["mesh.model=16"])
+    recipe = Path(configs.__file__).parent / "r50.yaml"
+    images = ["data.train.path=gs://bucket/train", "data.eval.path=gs://bucket/eval"]
+    config = load(recipe, ["mesh.model=16", *images])
     assert plan_on("tpu-v4-32", config).mesh == {"batch": 1, "model": 16}
-    config = load(Path(configs.__file__).parent / "r50.yaml", ["mesh.model=32"])
+    config = load(recipe, ["mesh.model=32", *images])
     with pytest.raises(UserError) as e:
         plan_on("tpu-v4-32x2", config)
     assert "does not fit into one of the 2 slices" in str(e.value)

@@ -27,6 +27,7 @@ from tests import tpu_api
 from tests.gcs import BUCKET, Fault
 from tests.gcs import Server as Storage
 from tests.tpu_api import PROJECT, ZONE, Server
+from tests.trainer.datasets import blobs, write
 
 QUICKSTART = str(Path(configs.__file__).with_name("quickstart.yaml"))
 ROOT = f"gs://{BUCKET}/runs"
@@ -73,7 +74,9 @@ def nothing_was_created(api: Server, gcs: Storage) -> bool:
 
 def test_a_local_run_directory(api, gcs, tmp_path):
     result = CliRunner().invoke(main, [QUICKSTART, "--cluster", "tpu-v4-32", "--yes"])
-    assert_refused(result, "--root runs", "gs://bucket/prefix", "LAUNCH_ROOT")
+    assert_refused(result, "not given: root", "launch configure root=gs://")
+    result = CliRunner().invoke(main, [QUICKSTART, "--cluster", "tpu-v4-32", "--yes", "--root", "runs"])
+    assert_refused(result, "--root runs", "gs://bucket/prefix", "launch configure root=gs://")
     assert api.log == []
     assert not (tmp_path / "runs").exists()
 
@@ -90,13 +93,13 @@ def test_a_checkpoint_folder_of_this_machine(api, gcs):
 
 def test_no_project(api, gcs, monkeypatch):
     monkeypatch.delenv("GOOGLE_CLOUD_PROJECT")
-    assert_refused(launch("--yes"), "no Google Cloud project")
+    assert_refused(launch("--yes"), "not given: project", "`launch configure project=")
     assert api.log == []
 
 
 def test_no_zone(api, gcs, monkeypatch):
     monkeypatch.delenv("CLOUDSDK_COMPUTE_ZONE")
-    assert_refused(launch("--yes"), "no zone")
+    assert_refused(launch("--yes"), "not given: zone", "`launch configure zone=")
     assert api.log == []
 
 
@@ -180,6 +183,68 @@ def test_a_bucket_that_may_not_be_written(api, gcs):
 def test_a_secret_that_is_not_exported(api, gcs):
     assert_refused(launch("--yes", "--set", "secrets=[WANDB_API_KEY]"), "WANDB_API_KEY", "export")
     assert api.log == []
+
+
+RECORDS = [
+    "data.source=records", "data.train.path=gs://bucket/train", "data.eval.path=gs://bucket/eval",
+    "data.train.num_examples=640", "data.eval.num_examples=64",
+]  # fmt: skip
+
+
+@pytest.fixture
+def images(gcs: Storage, tmp_path: Path) -> None:
+    for split, count in (("train", 640), ("eval", 64)):
+        write(tmp_path / split, blobs(count, 100), [i % 10 for i in range(count)])
+        gcs.put_folder(tmp_path / split, f"{split}/")
+
+
+def plan_of(*arguments: str) -> Result:
+    return CliRunner().invoke(
+        main, ["plan", QUICKSTART, "--root", ROOT, "--cluster", "tpu-v4-32", *arguments]
+    )
+
+
+def nothing_was_asked_for(api: Server) -> bool:
+    return not any(method == "POST" for method, _ in api.log)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.train.path=gs://bucket/none", "data.train.path: gs://bucket/none"),
+        ("data.eval.path=gs://absent/x", "there is no bucket absent"),
+        ("data.train.num_examples=641", "data.train.num_examples = 641, but gs://bucket/train holds 640"),
+        ("model.num_classes=5", "outside of model.num_classes = 5"),
+    ],
+)
+def test_a_dataset_that_is_none_or_another(api, gcs, images, change, words):
+    assert_refused(launch("--yes", *RECORDS, change), words)
+    assert nothing_was_asked_for(api)
+    assert gcs.contents(f"{ROOT.removeprefix('gs://bucket/')}/") == {}
+    assert_refused(plan_of(*RECORDS, change), words)
+
+
+def test_the_imagenet_recipe_as_it_stands_without_its_images(api, gcs, monkeypatch):
+    CliRunner().invoke(main, ["configure", f"root={ROOT}", f"data=gs://{BUCKET}"])
+    recipe = str(Path(QUICKSTART).with_name("r152.yaml"))
+    result = CliRunner().invoke(main, ["--cluster", "tpu-v4-32", recipe, "--yes"])
+    assert_refused(result, "data.train.path: gs://bucket/imagenet/train")
+    assert nothing_was_asked_for(api)
+    assert nothing_was_created(api, gcs)
+
+
+def test_a_dataset_that_only_the_hosts_may_read_is_no_mistake(api, gcs, images):
+    assert plan_of(*RECORDS).stderr == ""
+    gcs.faults = [
+        Fault("status", object=f"{split}/*", operation="*", status=403) for split in ("train", "eval")
+    ]
+    result = plan_of(*RECORDS)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(
+        "not checked data.train.path: gs://bucket/train: these credentials have no permission"
+    )
+    assert "error: the TPU costs money" in launch(*RECORDS).stderr  # it goes on to where it would create
 
 
 def test_a_tpu_that_is_not_there(api, gcs):

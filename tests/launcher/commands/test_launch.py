@@ -24,7 +24,7 @@ from launcher.rundir import RunDirectory
 RECIPES = Path(configs.__file__).parent
 QUICKSTART = str(RECIPES / "quickstart.yaml")
 COMMANDS = [
-    "attach", "clusters", "data", "gc", "list", "logs", "plan", "run", "schema", "ssh", "status", "stop",
+    "attach", "clusters", "configure", "data", "gc", "list", "logs", "plan", "run", "schema", "ssh", "status", "stop",
     "supervise", "tensorboard", "worker",
 ]  # fmt: skip
 

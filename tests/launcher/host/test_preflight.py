@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +94,24 @@ def test_process_that_uses_the_chips_is_named_and_its_lock_kept(plan, dev):
     assert _chip_problems(plan, dev) == []
 
 
+def test_lock_that_another_user_has_left_is_told(plan, dev, monkeypatch):
+    if os.geteuid() != 0:
+        pytest.skip("only root may make a file of another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o1777)  # as /tmp itself
+        monkeypatch.setattr(preflight, "LOCK_FILE", Path(folder) / "libtpu_lockfile")
+        preflight.LOCK_FILE.touch(mode=0o644)
+        os.seteuid(65534)
+        try:
+            (problem,) = preflight._lock_problems()
+        finally:
+            os.seteuid(0)
+        assert (
+            f"is left from a process of user root, and TPUs cannot be used beside it: `sudo rm {folder}/"
+            in problem
+        )
+
+
 def test_rehearsal_needs_no_chips(rehearsal, tmp_path):
     assert _chip_problems(rehearsal, tmp_path) == []
 
@@ -112,13 +133,22 @@ def test_processes_using_finds_the_holders_of_the_given_files_only(tmp_path):
 
 def test_data_on_a_disk_must_be_on_each_hosts(plan, tmp_path):
     def reading(path):
-        data = {**plan.config["data"], "train": {"path": path}, "eval": None}
+        data = {**plan.config["data"], "source": "records", "train": {"path": path}, "eval": None}
         return dataclasses.replace(plan, config={**plan.config, "data": data})
 
     (problem,) = _path_problems(reading("/nowhere/train"))
     assert problem.startswith("data.train.path = /nowhere/train does not exist: put the data under gs://")
     assert _path_problems(reading(str(tmp_path))) == []
     assert _path_problems(reading("gs://bucket/data")) == []
+    noise = reading("nowhere/train")
+    assert (
+        _path_problems(
+            dataclasses.replace(
+                noise, config={**noise.config, "data": {**noise.config["data"], "source": "synthetic"}}
+            )
+        )
+        == []
+    )
 
 
 def test_bucket_is_written_by_each_host(rehearsal, tmp_path, gcs):

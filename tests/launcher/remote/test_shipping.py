@@ -17,7 +17,7 @@ import pytest
 from configs.errors import UserError
 from launcher.host import bootstrap
 from launcher.machine.provenance import digest
-from launcher.remote.shipping import LOCK, SETUP, CodeArchive, pack
+from launcher.remote.shipping import INTERPRETER, LOCK, SETUP, CodeArchive, pack
 
 IDENTITY = ["-c", "user.name=a", "-c", "user.email=a@b"]
 
@@ -143,6 +143,9 @@ def test_environment_can_be_made_of_code_that_has_the_lock_file_and_the_script(t
     write(checkout / LOCK, "jax==1")
     assert not CodeArchive(pack(1, checkout)).has_environment
     write(checkout / SETUP, "#!/bin/sh")
+    assert not CodeArchive(pack(1, checkout)).has_environment
+    for name in INTERPRETER:
+        write(checkout / name, "{}")
     assert CodeArchive(pack(1, checkout)).has_environment
 
 

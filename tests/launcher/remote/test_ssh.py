@@ -5,6 +5,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -195,9 +196,11 @@ def test_failed_command_is_reported_by_its_last_line_and_not_retried(to, remote,
     remote('echo x >>tries; exec sh -c "$command"')
     with pytest.raises(HostError, match=r"^No space left on device$"):
         to().run(0, "sh", "-c", "echo Traceback >&2; echo 'No space left on device' >&2; echo >&2; exit 1")
+    with pytest.raises(HostError, match=r"^3\n            \| 2$"):
+        to().run(0, "sh", "-c", "printf '1\\n2\\n3\\n' >&2; exit 1", num_lines=2)
     with pytest.raises(HostError, match=r"^false ends with exit code 1$"):
         to().run(0, "false")
-    assert (tmp_path / "bin" / "tries").read_text() == "x\nx\n"
+    assert (tmp_path / "bin" / "tries").read_text() == "x\nx\nx\n"
 
 
 def test_host_with_another_key_than_the_providers_is_not_talked_to(to, remote):
@@ -259,7 +262,36 @@ def test_connections_are_private_and_removed_at_the_end(remote, tmp_path):
     assert calls == [f"-o ControlPath={folder}/shared -O exit -"]
 
 
+@pytest.mark.linux
+def test_connections_of_a_launcher_that_was_killed_are_closed_by_the_next(remote, tmp_path):
+    remote('echo "$*" >>calls')
+    code = f"""
+import os, signal, socket
+from configs.clusters import TpuCluster
+from launcher.remote.ssh import connected
+with connected(TpuCluster(accelerator="v4-8"), []) as ssh:
+    socket.socket(socket.AF_UNIX).bind(str(ssh._folder / "shared"))
+    open({str(tmp_path / "left")!r}, "w").write(str(ssh._folder))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code])
+    left = Path((tmp_path / "left").read_text())
+    with connected(TpuCluster(accelerator="v4-32"), MACHINES):
+        assert not left.exists()
+    calls = (tmp_path / "bin" / "calls").read_text().splitlines()
+    assert f"-o ControlPath={left}/shared -O exit -" in calls
+
+
 # Keys
+
+
+def test_one_key_alone_is_offered_if_it_is_there(to, home):
+    assert read(to().command(0, "true"))["identitiesonly"] == ["no"]  # the agent may have it
+    key = home / ".ssh" / "google_compute_engine"
+    key.parent.mkdir()
+    key.with_name(f"{key.name}.pub").touch()  # the private half is in the agent
+    found = read(to().command(0, "true"))
+    assert (found["identitiesonly"], found["identityfile"]) == (["yes"], [str(key)])
 
 
 def test_key_is_made_where_gcloud_would_have_made_it(home):

@@ -59,7 +59,7 @@ def _open_checked(config: RunConfig, split: str, path: str) -> Dataset:
     try:
         dataset = open_dataset(path)
     except UserError as e:
-        raise UserError(f"data.{split}.path: {e}") from None
+        raise type(e)(f"data.{split}.path: {e}") from None  # the kind of the error tells whose it is to mend
     # The plan has computed steps and epochs from the configured number.
     configured = getattr(config.data, split).num_examples
     if len(dataset) != configured:

@@ -204,7 +204,9 @@ class Bucket:
         try:
             self._client = _client()
         except (ValueError, OSError) as e:  # DefaultCredentialsError is no ValueError
-            raise UserError(f"{url}: the Google credentials cannot be used: {google.first_line(e)}") from None
+            raise google.NoAccessError(
+                f"{url}: the Google credentials cannot be used: {google.first_line(e)}"
+            ) from None
         self._bucket = self._client.bucket(name)
         self._session = _session(self._client)
 

@@ -9,7 +9,6 @@ records.npy, manifest.json   published last; before that, nothing of this is a d
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import google_crc32c
 import numpy as np
 
 from configs.errors import UserError
+from configs.files import temporary_folder
 from trainer.data.storage.dataset import MANIFEST, RECORD_DTYPE, Manifest, Shard, parse_manifest, publish
 from trainer.data.storage.formats import array_record, example
 from trainer.data.storage.store import Object, Store, checksum, open_store
@@ -324,8 +324,8 @@ def _locked(destination: str) -> Iterator[Path]:
     Where the destination is a folder, this is the destination itself, so that shards can be moved within it.
     """
     if "://" in destination:
-        with tempfile.TemporaryDirectory(prefix="podlaunch-") as scratch:
-            yield Path(scratch)
+        with temporary_folder("convert") as scratch:
+            yield scratch
         return
     folder = Path(destination)
     try:
