@@ -120,10 +120,11 @@ def test_command_line_ranks_above_environment_above_settings_above_gcloud(home, 
     monkeypatch.setenv("CLOUDSDK_COMPUTE_ZONE", "zone-of-environment")
     assert project_and_zone(None, None) == ("of-environment", "zone-of-environment")
     assert project_and_zone("given", "zone-given") == ("given", "zone-given")
-    assert "gs://mine/runs/r152" in launch("plan", *HEADLINE).stdout
+    plan = ("plan", *HEADLINE, "--json")  # which opens no dataset
+    assert '"gs://mine/runs/r152"' in launch(*plan).stdout
     monkeypatch.setenv("LAUNCH_ROOT", "gs://other/runs")
-    assert "gs://other/runs/r152" in launch("plan", *HEADLINE).stdout
-    assert "gs://given/r152" in launch("plan", *HEADLINE, "--root", "gs://given").stdout
+    assert '"gs://other/runs/r152"' in launch(*plan).stdout
+    assert '"gs://given/r152"' in launch(*plan, "--root", "gs://given").stdout
 
 
 def test_root_for_tpus_leaves_runs_elsewhere_where_they_were(home):
