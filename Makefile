@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 COMPILERS = $(VENV)/compilers
-TESTBED = slurm-wlm munge openssh-server iproute2
+TESTBED = slurm-wlm slurmdbd mariadb-server munge openssh-server iproute2
 
 .PHONY: help install quickstart test test-fast test-client test-clusters test-gpu testbed compilers check format lock clean
 
@@ -67,7 +67,7 @@ test-client: $(READY)
 # The tests start their own SLURM cluster and sshd, so policy-rc.d prevents the packages from starting services.
 # Tests that need a missing program are skipped and give the reason.
 testbed:
-	@absent=$$(for program in slurmctld munged sshd ip; do command -v $$program >/dev/null || echo $$program; done); \
+	@absent=$$(for program in slurmctld slurmdbd mariadbd munged sshd ip; do command -v $$program >/dev/null || echo $$program; done); \
 	if [ -z "$$absent" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  policy=/usr/sbin/policy-rc.d; \
