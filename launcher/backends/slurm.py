@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,17 @@ def ignored() -> str:
     return f"{names} of your environment: say what you need with --sbatch option=value, or in clusters.yaml"
 
 
+def _job(run: RunDirectory) -> str | None:
+    """The id of the job of a run; it is noted where a launcher was killed before it could."""
+    job = run.job.id()
+    if job is None and (job := _find_job(run)):
+        with suppress(UserError):  # another user may look, but not write
+            run.job.write_id(job)
+    return job
+
+
 def _find_job(run: RunDirectory) -> str | None:
-    """The job of a run whose launcher was killed before it could note the id; None where there is none."""
+    """The job that was submitted with the script of a run; None where there is none."""
     file = Path(_script_file(str(run.path)))
     if not file.exists() or not shutil.which("squeue"):
         return None
@@ -185,7 +195,7 @@ def state(run: RunDirectory) -> State:
     result = run.result()
     if result and result["status"] in ("completed", "failed", "stopped"):
         return recorded_state(run)
-    job = run.job.id() or _find_job(run)
+    job = _job(run)
     if job is None:
         return recorded_state(run)
     if not shutil.which("squeue"):
@@ -226,18 +236,17 @@ def _final_state(run: RunDirectory, job: str, status: str, description: str) -> 
         return State("stopped", f"job {job} was cancelled")
     if recorded.status == "preempted":
         return recorded
-    return State(
-        "interrupted", f"job {job} is {description}{_explanation(run, status)}", _last_words(run, job)
-    )
+    lines = _last_words(run, job)
+    return State("interrupted", f"job {job} is {description}{_explanation(run, status, lines)}", lines)
 
 
-def _explanation(run: RunDirectory, status: str) -> str:
-    """Why a job may have ended without a result, as a phrase."""
+def _explanation(run: RunDirectory, status: str, lines: Sequence[str]) -> str:
+    """Why a job may have ended without a result, as a phrase; `lines`: of its log, which is in the run directory."""
     if status.startswith("OUT_OF_MEMORY"):
         return "; it ran out of memory: raise memory_gib_per_task"
     if os.statvfs(run.path).f_bavail == 0:
         return f"; the disk of {run.path} is full: make room there"
-    return f"; check that {run.path} is visible there" if run.attempts.last() == 0 else ""
+    return "" if lines or run.attempts.last() else f"; check that {run.path} is visible there"
 
 
 def _last_words(run: RunDirectory, job: str) -> tuple[str, ...]:
@@ -247,7 +256,7 @@ def _last_words(run: RunDirectory, job: str) -> tuple[str, ...]:
 
 
 def cancel(run: RunDirectory) -> None:
-    job = run.job.id() or _find_job(run) or ""
+    job = _job(run) or ""
     done = commands.run("scancel", job)
     if done.returncode:
         raise UserError(f"job {job} of run {run.name} cannot be cancelled: {commands.message(done.stderr)}")

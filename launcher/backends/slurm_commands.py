@@ -34,14 +34,10 @@ def run_until_reachable(*command: str, timeout_seconds: float = CONTROLLER_TIMEO
     deadline = time.monotonic() + timeout_seconds
     while True:
         done = run(*command)
-        if not (done.returncode and is_out_of_reach(done.stderr)) or time.monotonic() > deadline:
+        is_out_of_reach = done.returncode and re.search(r"contact|connect|timed out", done.stderr, re.I)
+        if not is_out_of_reach or time.monotonic() > deadline:
             return done
         time.sleep(RETRY_SECONDS)
-
-
-def is_out_of_reach(stderr: str) -> bool:
-    """Whether a command failed because it did not reach the controller."""
-    return re.search(r"contact|connect|timed out", stderr, re.IGNORECASE) is not None
 
 
 def message(stderr: str) -> str:

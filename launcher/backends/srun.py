@@ -33,6 +33,8 @@ _TASKS = re.compile(r"srun: error: (\S+): tasks? ([\d,\-]+): (.+)")
 _NODE = re.compile(r"srun: error: .* failed on node (\S+): (.+)")
 # What srun says of itself. Its hints and the messages of plugins, which follow, are not the cause.
 _ERROR = re.compile(r"srun: (error:|fatal:|unrecognized|invalid|option) .+")
+# The controller does not answer, or has just begun to.
+_NOT_YET = re.compile(r"contact|connect|timed out|nodes are busy|temporarily", re.IGNORECASE)
 # It would say that again.
 _MISTAKE = re.compile(r"srun: (?!error:)")
 _OUT_OF_MEMORY = "Out Of Memory"
@@ -106,9 +108,10 @@ class SrunGang:
         self._srun = self._start()
         threading.Thread(target=self._wait, daemon=True).start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        srun, *arguments = self._command
         return subprocess.Popen(
-            self._command,
+            [srun, *options, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -167,7 +170,7 @@ class SrunGang:
     def _wait(self) -> None:
         code = self._run_srun()
         # A controller that is restarted is no failure of this run, and srun waits for it only briefly.
-        while code and self._is_out_of_reach():
+        while code and self._may_yet_start():
             if self._stopping:
                 code = -signal.SIGTERM  # as of a worker that has not begun to train
                 break
@@ -175,14 +178,15 @@ class SrunGang:
             if self._killed is not None:
                 break
             self._error = ""
-            self._srun = self._start()
+            # Right after its start the controller knows no nodes yet, and would keep srun waiting for minutes.
+            self._srun = self._start("--immediate=4")
             code = self._run_srun()
         self._reports.put({"ended": code})
 
-    def _is_out_of_reach(self) -> bool:
-        """Whether srun started nothing because it did not reach the controller, and may yet."""
+    def _may_yet_start(self) -> bool:
+        """Whether srun started nothing because the controller is down, which a site restarts within minutes."""
         has_time = self._killed is None and time.monotonic() - self._started < REACH_SECONDS
-        return has_time and not self._has_begun and commands.is_out_of_reach(self._error)
+        return has_time and not self._has_begun and bool(_NOT_YET.search(self._error))
 
     def _run_srun(self) -> int:
         """Read both pipes to their ends, so that all reports come before the end of srun itself."""

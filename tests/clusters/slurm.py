@@ -162,7 +162,8 @@ class Slurm:
         self._start_named_host("slurmctld", "slurmctld", "-D", *options)
 
     def stop_controller(self) -> None:
-        self._kill("slurmctld")
+        self._daemons["slurmctld"].terminate()  # it then saves its state, as where a site restarts it
+        self._daemons["slurmctld"].wait()
 
     def _start_named_host(self, name: str, *command: str) -> None:
         script = f'hostname {CONTROLLER}; exec "$@"'

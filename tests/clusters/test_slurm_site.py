@@ -107,23 +107,6 @@ def test_step_of_a_job_by_hand_gets_no_options_from_around_it(site, run):
     assert job(run) == submitted
 
 
-def test_state_of_a_job_that_squeue_has_forgotten_is_that_of_the_accounts(site, run):
-    run.hold_at(3)
-    launched = run.launch("--detach", cluster=SINGLE)
-    text_of(launched)
-    wait_until((run.path / "hosts" / "0.json").exists, "it begins")
-    site.run("scancel", "--signal=KILL", "--full", job(run))
-    wait_until(
-        lambda: "FAILED" in site.run("sacct", "--jobs", job(run), "--format=State"), "it is in the accounts"
-    )
-    programs = run.folder / "programs"
-    programs.mkdir()
-    (programs / "squeue").write_text("#!/bin/sh\n")
-    (programs / "squeue").chmod(0o755)
-    run.environment = run.environment | {"PATH": f"{programs}:{run.environment['PATH']}"}
-    assert f"tiny (interrupted: job {job(run)} is FAILED" in text_of(run.command("status"))
-
-
 # Jobs of other kinds
 
 
@@ -265,7 +248,16 @@ def test_last_words_of_a_job_without_a_result_are_shown(site, run):
     text = text_of(run.launch(cluster="odd"), code=1)
     assert f"run tiny is interrupted: job {job(run)} is FAILED, NonZeroExitCode" in text
     assert "            | module not found\n" in text
-    assert "            | module not found\n" in text_of(run.command("status"))
+    # Also when squeue has forgotten the job, which the accounts have not.
+    wait_until(lambda: "FAILED" in site.run("sacct", "--jobs", job(run), "--format=State"), "it is accounted")
+    forgetful = run.folder / "programs" / "squeue"
+    forgetful.parent.mkdir()
+    forgetful.write_text("#!/bin/sh\n")
+    forgetful.chmod(0o755)
+    run.environment = run.environment | {"PATH": f"{forgetful.parent}:{run.environment['PATH']}"}
+    status = text_of(run.command("status"))
+    assert f"tiny (interrupted: job {job(run)} is FAILED" in status
+    assert "            | module not found\n" in status
 
 
 # The launcher
