@@ -169,6 +169,25 @@ def test_without_squeue_the_state_of_a_job_is_unknown_not_interrupted(submitted,
     assert slurm.state(run).status == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("printed", "job"),
+    [
+        ("12\n", "12"),
+        ("12;alpha\n", "12"),
+        ("Welcome! 3 jobs are yours\n2026\n12\nThis will cost 7 credits\n", "12"),
+        ("Submitted.\n", None),
+        ("", None),
+    ],
+)
+def test_id_of_a_job_is_found_in_what_a_wrapped_sbatch_prints(printed, job):
+    assert slurm_commands.submitted_id(printed) == job
+
+
+def test_nodes_to_exclude_are_added_to_those_of_the_user(submitted):
+    plan = submitted(nodes=2, sbatch={"exclude": "n1"})
+    assert "--exclude=n7,n8,n1" in slurm.sbatch_command(plan, ["n7", "n8"])
+
+
 if __name__ == "__main__":
     import configs
 
