@@ -237,7 +237,7 @@ def _final_state(run: RunDirectory, job: str, status: str, description: str) -> 
     if recorded.status == "preempted":
         return recorded
     lines = _last_words(run, job)
-    return State("interrupted", f"job {job} is {description}{_explanation(run, status, lines)}", lines)
+    return State("interrupted", f"job {job} is {description}{_explanation(run, status, lines)}", lines=lines)
 
 
 def _explanation(run: RunDirectory, status: str, lines: Sequence[str]) -> str:

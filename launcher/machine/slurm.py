@@ -3,6 +3,7 @@
 The variables are those of https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -43,14 +44,30 @@ def ignored_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str:
     """The id of this job; of a task of an array ARRAY_TASK, since the id of the last task is also that of the array."""
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    return environment["SLURM_JOB_ID"]
+    job = environment["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_TASK_ID" not in environment or not _may_be(job, "ArrayJobId"):
+        return job
+    return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+
+
+@functools.cache
+def _may_be(job: str, field: str) -> bool:
+    """Whether a job has a field by which SLURM knows arrays and the like; True where SLURM does not answer.
+
+    sbatch hands the variables of the job in which it is typed on to a job that is nothing of the kind.
+    """
+    try:
+        command = ["scontrol", "--oneliner", "show", "job", job]
+        done = subprocess.run(command, capture_output=True, text=True, env=command_environment())
+    except FileNotFoundError:
+        return True
+    records = [line for line in done.stdout.splitlines() if re.match(rf"JobId={job}\b", line)]
+    return not records or any(f" {field}=" in record for record in records)
 
 
 def check_job(environment: Mapping[str, str] = os.environ) -> None:
     """Raises UserError in a heterogeneous job, whose components are jobs of their own to SLURM's commands."""
-    if "SLURM_HET_SIZE" in environment:
+    if "SLURM_HET_SIZE" in environment and _may_be(environment["SLURM_JOB_ID"], "HetJobId"):
         raise UserError(
             f"this is a heterogeneous job of {environment['SLURM_HET_SIZE']} components, which podlaunch cannot use; "
             "submit a job whose nodes are all alike, without `:` or hetjob"

@@ -81,3 +81,15 @@ def test_a_read_only_disk_is_the_users_to_mend(training, mount):
     assert launched.wait() == 2
     error = launched.text.splitlines()[-1]
     assert error.startswith(f"error: run directory {run.path} cannot be written: Read-only file system")
+
+
+def test_a_frozen_worker_is_the_cause_not_the_one_that_jax_aborts_because_of_it(training):
+    run = training
+    launched = run.launch("train.steps=100000", "--max-restarts", "0")
+    run.wait_for_step(1)
+    run.freeze(1)
+    assert launched.wait() == 1
+    failure = run.result()["failure"]
+    assert (failure["process"], failure["cause"]) == (1, "hung")
+    assert "jax lost contact with it and ended the others" in launched.text
+    assert run.workers() == {}

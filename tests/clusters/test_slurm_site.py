@@ -115,7 +115,7 @@ def test_variables_of_the_shell_reach_neither_job_nor_step(site, run):
 def test_step_of_a_job_by_hand_gets_no_options_from_around_it(site, run):
     # A script that was submitted from within another job, which is how such variables come into a job.
     run.environment = run.environment | {
-        k: v for k, v in SHELL.items() if re.match("SLURM_(LABEL|MEM|CPU|STD|NT)", k)
+        k: v for k, v in SHELL.items() if re.match("SLURM_(LABEL|MEM|CPU|STD|NT|ARRAY|HET)", k)
     }
     submitted = by_hand(site, run, "--nodes=2", f"--output={run.folder}/hand.log")
     wait_until((run.path / "hosts" / "0.json").exists, "it begins")
