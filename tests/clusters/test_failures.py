@@ -17,10 +17,10 @@ def test_a_killed_worker_takes_the_rest_along_and_the_run_goes_on_from_its_check
     launched = run.launch()
     for attempt, victim in ((1, 1), (2, 0)):
         run.wait_for_step(attempt * SAVE_EVERY + 1, attempt=attempt)
-        run.hold_at((attempt + 1) * SAVE_EVERY + 1)
         gang = run.workers()
         run.freeze(1 - victim)
         run.kill_workers(victim)
+        run.hold_at((attempt + 1) * SAVE_EVERY + 1)  # of this gang nobody goes on any more
         run.wait_until(lambda gang=gang: run.are_gone(gang), "the gang is gone")
     run.let_go()
     assert launched.wait() == 0, launched.text
