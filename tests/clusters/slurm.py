@@ -133,7 +133,7 @@ class Slurm:
         self.local_disk = folder / "local-disk"
         """A folder that is another one on each node and on the login node."""
         self.small_disk = folder / "small-disk"
-        """A disk of a megabyte, which all share."""
+        """A disk of a megabyte, which all share, in the layout of a site."""
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     # Raise and end
@@ -141,10 +141,10 @@ class Slurm:
     def raise_(self) -> None:
         for name in ("state", "local-disk", "small-disk", "programs"):
             (self.folder / name).mkdir()
-        self.run("mount", "-t", "tmpfs", "-o", "size=1M", "small", str(self.small_disk))
         self._munge()
         self._write_configuration()
         if self.layout.is_site:
+            self.run("mount", "-t", "tmpfs", "-o", "size=1M", "small", str(self.small_disk))
             self._wrap_sbatch()
             self._account()
         self.start_controller("-c", "-i")
