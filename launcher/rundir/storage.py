@@ -77,7 +77,7 @@ def list_plans(*roots: str) -> list[str]:
             found += [(written, f"{root.rstrip('/')}/{name}") for written, name in Bucket(root).plans()]
         else:
             for plan in Path(root).glob("*/plan.json"):
-                with suppress(OSError):  # deleted meanwhile, or in a folder that only another user may look into
+                with suppress(OSError):  # deleted meanwhile, or in the folder of another user
                     found.append((plan.stat().st_mtime, str(plan.parent)))
     return [location for _, location in sorted(found, key=lambda entry: entry[0], reverse=True)]
 
