@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 COMPILERS = $(VENV)/compilers
-TESTBED = slurm-wlm munge openssh-server iproute2
+TESTBED = slurm-wlm slurmdbd mariadb-server munge openssh-server iproute2
 
 .PHONY: help install quickstart test test-fast test-client test-clusters test-gpu testbed compilers check format lock clean
 
@@ -16,7 +16,7 @@ help:
 	@echo "make test-client    run those of them that cover what runs on a laptop; also on macOS"
 	@echo "make test-clusters  run the tests that start worker processes, on SLURM and on TPU VMs that they raise"
 	@echo "make test-gpu       run the tests that need an NVIDIA GPU, with a jax that has CUDA in $(VENV)"
-	@echo "make testbed        install SLURM and sshd for the tests (as root on Debian)"
+	@echo "make testbed        install SLURM, MariaDB and sshd for the tests (as root on Debian)"
 	@echo "make compilers      install the compilers for TPUs and GPUs that the tests need, which need neither (Linux)"
 	@echo "make check          run ruff, mypy and import-linter"
 	@echo "make format         fix and format the code with ruff"
@@ -64,10 +64,10 @@ test-gpu: $(READY)
 test-client: $(READY)
 	$(BIN)/pytest -m "not cluster and not linux" --numprocesses 2 tests/configs tests/launcher tests/test_packaging.py
 
-# The tests start their own SLURM cluster and sshd, so policy-rc.d prevents the packages from starting services.
+# The tests start their own SLURM cluster, database and sshd, so policy-rc.d prevents the packages from starting services.
 # Tests that need a missing program are skipped and give the reason.
 testbed:
-	@absent=$$(for program in slurmctld munged sshd ip; do command -v $$program >/dev/null || echo $$program; done); \
+	@absent=$$(for program in slurmctld slurmdbd mariadbd munged sshd ip; do command -v $$program >/dev/null || echo $$program; done); \
 	if [ -z "$$absent" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  policy=/usr/sbin/policy-rc.d; \

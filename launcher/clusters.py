@@ -17,7 +17,7 @@ from configs.load import nearest, with_settings
 from launcher.accelerators import TpuSlice, parse_tpu
 from launcher.machine.devices import cuda_advice, has_cuda_plugin, num_nvidia_gpus
 from launcher.machine.metadata import TpuWorker
-from launcher.machine.slurm import SlurmTask
+from launcher.machine.slurm import SlurmTask, check_job
 from launcher.plan import ClusterSpec
 
 KINDS = {
@@ -140,6 +140,7 @@ def _with_options(cluster: SlurmCluster, options: tuple[str, ...]) -> SlurmClust
 
 def _from_allocation(environment: Mapping[str, str]) -> ClusterSpec:
     """The SLURM job in which `launch` was typed: all its nodes and GPUs."""
+    check_job(environment)
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError(
             "`launch` was started by several tasks of a SLURM step, and each task would start a run; call "

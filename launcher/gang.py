@@ -13,8 +13,14 @@ from typing import Any, Protocol
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
+# Exit code: the user has to mend something, so that it is not tried again.
+EXIT_USER_ERROR = 2
 # Cause of an Exit: the host was taken away. This is nobody's failure, and the run goes on elsewhere.
 PREEMPTED = "preempted"
+# Cause of an Exit: the backend could start no process at all, for which no host is to blame.
+STEP_FAILED = "srun failed"
+# Cause of an Exit: the kernel ended the process, because memory ran out.
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class State:
     """Why the run is queued, or what the scheduler says of its end."""
     costs: str = ""
     """What a run that has ended still has, and still costs money."""
+    lines: tuple[str, ...] = ()
+    """The last lines of the log of a launcher that ended without a result."""
 
     @property
     def is_active(self) -> bool:
@@ -116,6 +124,9 @@ class Backend(Executor, Protocol):
 
 class Queue(Backend, Protocol):
     """A backend that can have a plan run later, by a launcher in a job of its own."""
+
+    def ignored(self) -> str:
+        """What of the user's environment the job does not get although it may be meant so; empty if nothing."""
 
     def submit(self, plan: Plan, run: RunDirectory) -> str:
         """Submit the job that runs the plan; its id. Raises UserError where the scheduler refuses the job."""

@@ -5,19 +5,20 @@ A failure is retried from the last checkpoint, unless the user has to mend it (e
 happen again.
 """
 
+import re
 import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.gang import PREEMPTED, Executor, Exit, Gang
+from launcher.gang import EXIT_USER_ERROR, PREEMPTED, STEP_FAILED, Executor, Exit, Gang
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
-EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_SAVED, EXIT_STOPPED = 0, 1, 2, 75, 130
+EXIT_DONE, EXIT_FAILED, EXIT_SAVED, EXIT_STOPPED = 0, 1, 75, 130
 EXIT_CODES = {"completed": EXIT_DONE, "preempted": EXIT_SAVED, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
 POLL_SECONDS = 0.1
 TAIL_LINES = 12
@@ -25,6 +26,11 @@ TAIL_LINES = 12
 # later.
 PEER_ABORT = -signal.SIGABRT
 ROOT_CAUSE_SECONDS = 2.0
+# The words of jax's coordinator (xla/tsl/distributed_runtime/coordination/coordination_service.cc), then a line
+# for each process: its number, or a name that ends with it.
+_UNHEALTHY = re.compile(r"tasks are unhealthy \(stopped sending heartbeats\):\n((?:\S*\d\n)+)")
+# Workers report each second, and jax's heartbeat takes longer than this.
+SILENT_SECONDS = 10.0
 # After so many preempted attempts in a row without a new checkpoint, the next one would end the same way, and a job
 # would be requeued for ever.
 MAX_FRUITLESS_ATTEMPTS = 3
@@ -37,7 +43,7 @@ class Failure:
     process: int
     host: str
     cause: str
-    """`exit code N`, the signal's name, or what the backend says: `lost`, `not started`, `srun failed`."""
+    """`exit code N`, the signal's name, or what the backend says: `lost`, `hung`, `not started`, `srun failed`."""
     error: str
     """Last line of the traceback, or of the log."""
     step: int | None
@@ -131,7 +137,10 @@ def supervise(
 def exit_code(result: dict[str, Any]) -> int:
     """The exit code of `launch` for a result."""
     failure = result["failure"]
-    is_users = result["status"] == "failed" and failure is not None and failure["cause"] == "exit code 2"
+    is_failed = result["status"] == "failed" and failure is not None
+    is_users = is_failed and (
+        failure["cause"] == "exit code 2" or (failure["cause"] == STEP_FAILED and not failure["retryable"])
+    )
     return EXIT_USER_ERROR if is_users else EXIT_CODES[result["status"]]
 
 
@@ -144,6 +153,8 @@ def _is_fruitless(attempts: list[dict[str, Any]]) -> bool:
 def describe_failure(failure: Failure | dict[str, Any]) -> str:
     """One line: which process failed, where, how, why."""
     f = asdict(failure) if isinstance(failure, Failure) else failure
+    if f["cause"] == STEP_FAILED:
+        return f"{STEP_FAILED}, so that no process was started: {f['error']}"
     step = "" if f["step"] is None else f" at step {f['step']}"
     return f"process {f['process']} on {f['host']} failed{step} ({f['cause']}): {f['error']}"
 
@@ -156,7 +167,7 @@ def _watch(
     The verdict is None where the gang was left to another launcher; then its processes go on.
     """
     running = set(range(plan.processes))
-    codes: list[int] = []
+    ends: dict[int, Exit] = {}
     first: Exit | None = None
     cause_until = 0.0
     stopping = killed = detached = False
@@ -165,11 +176,8 @@ def _watch(
             if detached := stop_request.detach or run.is_lost():
                 gang.detach()
                 return None, None
-            exits = gang.poll(POLL_SECONDS)
             # All exits of this poll are counted before the first may end the attempt.
-            running -= {ended.process for ended in exits}
-            for ended in exits:
-                codes.append(ended.code)
+            for ended in _ended(gang, running, ends):
                 if ended.code == -signal.SIGTERM:
                     # SIGTERM ends a worker that has not begun to train. It has nothing to save, and the others
                     # cannot save without it.
@@ -181,9 +189,9 @@ def _watch(
                         first = ended
             # An abort alone is not the cause: its peer's exit may still arrive.
             if first and (first.code != PEER_ABORT or time.monotonic() > cause_until or not running):
-                gang.kill()
-                verdict = PREEMPTED if first.cause == PREEMPTED else "failed"
-                return verdict, _failure(run, number, first)
+                if first.code == PEER_ABORT:
+                    first = _hung(plan, run, number) or first
+                break
             if run.stop_requested() and stop_request.verdict is None:
                 stop_request.verdict = "stopped"
             if stop_request.verdict and not stopping:
@@ -201,11 +209,53 @@ def _watch(
         if not detached:
             gang.kill()
         while running and not detached:
-            running -= {ended.process for ended in gang.poll(POLL_SECONDS)}
-    if all(code == EXIT_DONE for code in codes):
+            _ended(gang, running, ends)
+    if first:
+        verdict = PREEMPTED if first.cause == PREEMPTED else "failed"
+        return verdict, _failure(run, number, replace(first, host=first.host or ends[first.process].host))
+    if all(ended.code == EXIT_DONE for ended in ends.values()):
         return "completed", None
     # Some exited with 75, so all have saved at a common step.
     return "stopped" if stop_request.verdict == "stopped" else gang.stopped_by(), None
+
+
+def _ended(gang: Gang, running: set[int], ends: dict[int, Exit]) -> list[Exit]:
+    """The exits since the last call, which are moved from `running` to `ends`."""
+    exits = gang.poll(POLL_SECONDS)
+    for ended in exits:
+        ends[ended.process] = ended
+    running.difference_update(ends)
+    return exits
+
+
+def _hung(plan: Plan, run: RunDirectory, number: int) -> Exit | None:
+    """The process because of which jax aborted the others, which itself has said nothing: it is frozen or cut off.
+
+    jax's coordinator names it, if it is not the coordinator's own process; and it no longer reports.
+    """
+    run.refresh()
+    reported = {p: run.hosts.report(p).get("time", 0.0) for p in range(plan.processes)}
+    last = max(reported.values())
+    silent = [p for p in reported if last - reported[p] > SILENT_SECONDS]
+    suspects = _named_by_jax(plan, run, number) or silent
+    if not suspects:
+        return None
+    process = min(suspects, key=lambda p: reported[p])
+    seconds = last - reported[process]
+    since = (
+        f"it last reported {seconds:.0f} s before the others" if process in silent else "it still reported"
+    )
+    return Exit(process, 1, cause="hung", error=f"jax lost contact with it and ended the others; {since}")
+
+
+def _named_by_jax(plan: Plan, run: RunDirectory, number: int) -> set[int]:
+    """The processes that jax's coordinator has called unhealthy, from the logs of those it told."""
+    named: set[int] = set()
+    for process in range(plan.processes):
+        text = run.hosts.read_log(number, process).decode(errors="replace")
+        for tasks in _UNHEALTHY.findall(text):
+            named |= {int(task) for task in re.findall(r"(\d+)$", tasks, re.MULTILINE)}
+    return named & set(range(plan.processes))
 
 
 def _failure(run: RunDirectory, number: int, ended: Exit) -> Failure:

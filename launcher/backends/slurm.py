@@ -9,15 +9,18 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from configs.clusters import SlurmCluster, seconds
 from configs.errors import UserError
 from configs.files import write_atomically
 from launcher.backends import slurm_commands as commands
-from launcher.backends.srun import Options, SrunGang, flags, slurm_cluster, srun_command
-from launcher.gang import State, recorded_state
-from launcher.machine.slurm import hostnames
+from launcher.backends.srun import SrunGang, flags, slurm_cluster, srun_command
+from launcher.gang import OUT_OF_MEMORY, STEP_FAILED, State, recorded_state
+from launcher.machine.slurm import check_job, ignored_variables, job_id
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
@@ -27,6 +30,7 @@ POLL_SECONDS = 30.0
 EARLY_SIGNAL_SECONDS = 60.0
 # Once may be chance. More would cost as many restarts.
 BAD_NODE_FAILURES = 2
+LOG_LINES = 5
 
 
 # What is submitted
@@ -35,15 +39,26 @@ BAD_NODE_FAILURES = 2
 def render(plan: Plan) -> str:
     if plan.submission is None:
         return shlex.join(srun_command(plan, attempt=1))
+    return f"{shlex.join(sbatch_command(plan))}\n\n{script(plan)}"
+
+
+def sbatch_command(plan: Plan, excluded_nodes: Sequence[str] = ()) -> list[str]:
+    """All options are here, since sbatch ranks variables of the user's shell above the lines of a script."""
+    cluster = SlurmCluster.model_validate(plan.submission)
+    options = _options(plan, cluster)
+    if excluded_nodes:
+        users = options.get("exclude")
+        options |= {"exclude": ",".join([*excluded_nodes, *([str(users)] if users else [])])}
+    return ["sbatch", "--parsable", *flags(options), _script_file(plan.run_directory)]
+
+
+def script(plan: Plan) -> str:
     cluster = SlurmCluster.model_validate(plan.submission)
     python = cluster.python if cluster.python and not cluster.container else sys.executable
     supervise = [python, "-P", "-m", "podlaunch", "supervise", "--", plan.run_directory]
     return "\n".join(
         [
             "#!/bin/bash",
-            # sbatch reads quotes in its lines as a shell does.
-            *(f"#SBATCH {flag}" for flag in flags(_options(plan, cluster), quote=shlex.quote)),
-            "",
             *cluster.setup,
             *(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()),
             "# Starts and watches the workers on all nodes, and requeues this job if the run is saved and not yet done.",
@@ -53,7 +68,12 @@ def render(plan: Plan) -> str:
     )
 
 
-def _options(plan: Plan, cluster: SlurmCluster) -> Options:
+def _script_file(run_directory: str) -> str:
+    """The script of a job, by whose path squeue knows the job, too."""
+    return f"{run_directory}/job.sbatch"
+
+
+def _options(plan: Plan, cluster: SlurmCluster) -> dict[str, Any]:
     tasks = cluster.tasks_per_node
     memory = cluster.memory_gib_per_task
     return {
@@ -72,6 +92,7 @@ def _options(plan: Plan, cluster: SlurmCluster) -> Options:
         # The signal goes to the steps, not to this script, so that the workers save at a common step.
         "signal": f"TERM@{round(60 * cluster.save_minutes)}",
         "requeue": "no-requeue" not in cluster.sbatch,
+        "output": f"{plan.run_directory}/logs/slurm-".replace("%", "%%") + "%j.log",
         "open-mode": "append",  # a requeued job continues the log
         **cluster.sbatch,
     }
@@ -86,30 +107,54 @@ def submit(plan: Plan, run: RunDirectory) -> str:
     if "\\" in str(run.path):
         raise UserError(f"{run.path}: SLURM cannot write to a path with a backslash; choose another --root")
     _check_partition(plan.cluster, cluster)
-    logs, script = run.path / "logs", render(plan)
-    logs.mkdir(exist_ok=True)
-    # On the command line, since a line of the script cannot hold every path.
-    output = f"{logs}/slurm-".replace("%", "%%") + "%j.log"
-    command = ["sbatch", "--parsable", f"--output={output}"]
-    if excluded := run.job.excluded_nodes():
-        # An option of the command line replaces the script's, so both lists are given.
-        users = cluster.sbatch.get("exclude")
-        command.append(f"--exclude={','.join([*excluded, *([str(users)] if users else [])])}")
-    done = commands.run(*command, text=script)
+    (run.path / "logs").mkdir(exist_ok=True)
+    write_atomically(run.path / "job.sbatch", script(plan))
+    done = commands.run(*sbatch_command(plan, run.job.excluded_nodes()))
     if done.returncode:
         raise UserError(
             f"cluster = {plan.cluster}: SLURM refuses the job: {commands.message(done.stderr)}; "
             "correct the cluster's settings, or override them with --sbatch option=value"
         )
-    write_atomically(run.path / "job.sbatch", script)  # for the user: SLURM has a copy of its own
-    return done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
+    job = commands.submitted_id(done.stdout) or _find_job(run)
+    if job is None:
+        raise UserError(
+            f"sbatch on this machine names no job: {done.stdout.strip() or 'it prints nothing'}; "
+            "type this where sbatch is SLURM's own"
+        )
+    return job
+
+
+def ignored() -> str:
+    """What the user may have meant for sbatch, which does not get it, in a sentence; empty where there is nothing."""
+    names = ", ".join(ignored_variables())
+    if not names:
+        return ""
+    return f"{names} of your environment: say what you need with --sbatch option=value, or in clusters.yaml"
+
+
+def _job(run: RunDirectory) -> str | None:
+    """The id of the job of a run; it is noted where a launcher was killed before it could."""
+    job = run.job.id()
+    if job is None and (job := _find_job(run)):
+        with suppress(UserError):  # another user may look, but not write
+            run.job.write_id(job)
+    return job
+
+
+def _find_job(run: RunDirectory) -> str | None:
+    """The job that was submitted with the script of a run; None where there is none."""
+    file = Path(_script_file(str(run.path)))
+    if not file.exists() or not shutil.which("squeue"):
+        return None
+    done = commands.run("squeue", "--noheader", f"--user={file.stat().st_uid}", "--format=%i %o")
+    jobs = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    return next((job for job, command in jobs if command.strip() == str(file)), None)
 
 
 def _check_partition(name: str, cluster: SlurmCluster) -> None:
     """Raises UserError for a job that sbatch would accept and SLURM never start."""
     lines = commands.run("sinfo", "--noheader", "--format=%P|%D|%l|%L").stdout.splitlines()
-    default = cluster.partition or os.environ.get("SBATCH_PARTITION", "")
-    wanted = str(cluster.sbatch.get("partition", default)).split(",")
+    wanted = str(cluster.sbatch.get("partition", cluster.partition or "")).split(",")
     rows = [line.split("|") for line in lines]
     if wanted == [""]:
         rows = [row for row in rows if row[0].endswith("*")]  # the site's default partition
@@ -147,8 +192,11 @@ def _check_partition(name: str, cluster: SlurmCluster) -> None:
 
 
 def state(run: RunDirectory) -> State:
-    result, job = run.result(), run.job.id()
-    if job is None or (result and result["status"] in ("completed", "failed", "stopped")):
+    result = run.result()
+    if result and result["status"] in ("completed", "failed", "stopped"):
+        return recorded_state(run)
+    job = _job(run)
+    if job is None:
         return recorded_state(run)
     if not shutil.which("squeue"):
         return State("unknown", f"job {job}; there is no squeue on this machine")
@@ -188,16 +236,30 @@ def _final_state(run: RunDirectory, job: str, status: str, description: str) -> 
         return State("stopped", f"job {job} was cancelled")
     if recorded.status == "preempted":
         return recorded
-    if run.attempts.last() == 0:
-        description += f"; check that {run.path} is visible there"
-    return State("interrupted", f"job {job} is {description}")
+    lines = _last_words(run, job)
+    return State("interrupted", f"job {job} is {description}{_explanation(run, status, lines)}", lines=lines)
+
+
+def _explanation(run: RunDirectory, status: str, lines: Sequence[str]) -> str:
+    """Why a job may have ended without a result, as a phrase; `lines`: of its log, which is in the run directory."""
+    if status.startswith("OUT_OF_MEMORY"):
+        return "; it ran out of memory: raise memory_gib_per_task"
+    if os.statvfs(run.path).f_bavail == 0:
+        return f"; the disk of {run.path} is full: make room there"
+    return "" if lines or run.attempts.last() else f"; check that {run.path} is visible there"
+
+
+def _last_words(run: RunDirectory, job: str) -> tuple[str, ...]:
+    """The last lines of the log of a job."""
+    text = run.read_tail(f"logs/slurm-{job}.log")
+    return tuple(line for line in text.splitlines() if line.strip())[-LOG_LINES:]
 
 
 def cancel(run: RunDirectory) -> None:
-    done = commands.run("scancel", run.job.id() or "")
+    job = _job(run) or ""
+    done = commands.run("scancel", job)
     if done.returncode:
-        reason = commands.message(done.stderr)
-        raise UserError(f"job {run.job.id()} of run {run.name} cannot be cancelled: {reason}")
+        raise UserError(f"job {job} of run {run.name} cannot be cancelled: {commands.message(done.stderr)}")
 
 
 # In the job
@@ -207,35 +269,51 @@ def check(plan: Plan) -> None:
     """Raises UserError where this job would be over before it could save."""
     if "SLURM_JOB_ID" not in os.environ:
         raise UserError("this is no SLURM job: `launch supervise` is for batch scripts; type `launch CONFIG`")
+    check_job()
     limit_minutes, save_minutes = commands.job_seconds("%l") / 60, slurm_cluster(plan).save_minutes
     if limit_minutes <= save_minutes:
         raise UserError(
-            f"the time limit of job {commands.job_id()} is {limit_minutes:g} minutes, not above the {save_minutes:g} "
+            f"the time limit of job {job_id()} is {limit_minutes:g} minutes, not above the {save_minutes:g} "
             "before its end at which the run begins to save; raise the time limit"
         )
 
 
 def job_info() -> dict[str, Any]:
-    job, count = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", 0)
-    return {"job": job, "restart_count": int(count) if job else None}
+    if "SLURM_JOB_ID" not in os.environ:
+        return {"job": None, "restart_count": None}
+    return {"job": job_id(), "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
 
 
 def can_restart(plan: Plan, run: RunDirectory) -> bool:
     """Whether there is time to train and save, on nodes of which none failed twice."""
     failures = [a["failure"] for a in run.attempts.of_launch() if a["failure"]]
-    # An exit code is the program's own doing. A signal, or a start that failed, may be the node's.
-    counts = Counter(f["host"] for f in failures if not f["cause"].startswith(("exit code", "srun")))
+    # An exit code, or its need of memory, is the program's own doing. A signal, or a start that failed, may be the node's.
+    counts = Counter(
+        f["host"] for f in failures if not f["cause"].startswith(("exit code", STEP_FAILED, OUT_OF_MEMORY))
+    )
     bad_nodes = [host for host, count in counts.items() if count >= BAD_NODE_FAILURES]
-    run.job.exclude_nodes(bad_nodes)
-    if set(commands.job_nodes()) & set(bad_nodes):
+    can_exclude = bool(bad_nodes) and _can_exclude(plan, bad_nodes)
+    run.job.write_bad_nodes(bad_nodes, exclude=can_exclude)
+    if can_exclude and set(commands.job_nodes()) & set(bad_nodes):
         return False
     # A minute to train, before the minute in which SLURM may already signal.
     return commands.job_seconds("%L") > 60 * slurm_cluster(plan).save_minutes + 2 * EARLY_SIGNAL_SECONDS
 
 
+def _can_exclude(plan: Plan, nodes: list[str]) -> bool:
+    """Whether this job could run without these nodes: else it would wait in the queue for ever."""
+    fields = commands.job_fields()
+    if fields.get("BatchFlag") == "0":  # of salloc, which nobody can requeue
+        return False
+    if set(nodes) & set(commands.node_list(fields.get("ReqNodeList"))):
+        return False
+    left = commands.usable_nodes(fields.get("Partition", ""), fields.get("Features", ""))
+    return len(left - {*nodes, *commands.node_list(fields.get("ExcNodeList"))}) >= plan.hosts
+
+
 def requeue(plan: Plan, run: RunDirectory) -> str:
     """Have SLURM run this job's script again; a sentence that says what was done."""
-    job, fields = commands.job_id(), commands.job_fields(timeout_seconds=commands.CONTROLLER_TIMEOUT_SECONDS)
+    job, fields = job_id(), commands.job_fields(timeout_seconds=commands.CONTROLLER_TIMEOUT_SECONDS)
     if not fields:
         return f"SLURM does not answer, so job {job} was not requeued; repeat the `launch` command"
     if fields.get("BatchFlag") != "1":
@@ -254,15 +332,15 @@ def requeue(plan: Plan, run: RunDirectory) -> str:
     else:
         run.job.write_id(submit(plan, run))
         return f"job {job} does not allow requeueing; submitted job {run.job.id()} instead"
-    return done + _exclude_bad_nodes(run, job, fields.get("ExcNodeList", "(null)"))
+    return done + _exclude_bad_nodes(run, job, commands.node_list(fields.get("ExcNodeList")))
 
 
-def _exclude_bad_nodes(run: RunDirectory, job: str, before: str) -> str:
+def _exclude_bad_nodes(run: RunDirectory, job: str, before: list[str]) -> str:
     """Have a requeued job do without the nodes that failed twice, as a phrase; `before`: those it excludes already."""
     excluded = run.job.excluded_nodes()
     if not excluded:
         return ""
-    nodes = ",".join(sorted({*excluded, *([] if before == "(null)" else hostnames(before))}))
+    nodes = ",".join(sorted({*excluded, *before}))
     reply = commands.run_until_reachable("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
     return f" ({commands.message(reply.stderr)})" if reply.returncode else f", without {', '.join(excluded)}"
 
@@ -270,7 +348,7 @@ def _exclude_bad_nodes(run: RunDirectory, job: str, before: str) -> str:
 def prevent_requeue() -> None:
     # SLURM requeues a preempted job by itself, also one whose run has completed in the time that it was given.
     if commands.was_requeued(commands.job_fields()):
-        commands.run("scancel", commands.job_id())
+        commands.run("scancel", job_id())
 
 
 def start(plan: Plan, run: RunDirectory, attempt: int) -> "SrunGang":

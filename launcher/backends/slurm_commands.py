@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from configs.clusters import seconds
 from configs.errors import UserError
-from launcher.machine.slurm import hostnames
+from launcher.machine.slurm import command_environment, hostnames, job_id
 
 # A controller that fails over, or is restarted under running jobs, is back after that.
 CONTROLLER_TIMEOUT_SECONDS = 120.0
@@ -19,10 +19,12 @@ RETRY_SECONDS = 2.0
 Completed = subprocess.CompletedProcess[str]
 
 
-def run(*command: str, text: str = "") -> Completed:
-    """Run a command of SLURM, with `text` as standard input. Raises UserError where this machine does not have it."""
+def run(*command: str) -> Completed:
+    """Run a command of SLURM. Raises UserError where this machine does not have it."""
     try:
-        return subprocess.run(command, input=text, capture_output=True, text=True)
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=command_environment()
+        )
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} on this machine; type this where SLURM is") from None
 
@@ -44,8 +46,10 @@ def message(stderr: str) -> str:
     return "; ".join(lines) or "no reason given"
 
 
-def job_id() -> str:
-    return os.environ["SLURM_JOB_ID"]
+def submitted_id(stdout: str) -> str | None:
+    """The id of a job in what `sbatch --parsable` printed, perhaps between the lines of a site's own wrapper."""
+    ids = [match[1] for line in stdout.splitlines() if (match := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))]
+    return ids[-1] if ids else None
 
 
 def job_nodes() -> list[str]:
@@ -66,6 +70,20 @@ def job_fields(timeout_seconds: float = 0.0) -> dict[str, str]:
     text = run_until_reachable(*command, timeout_seconds=timeout_seconds).stdout
     # Reversed, so that the first of two fields wins: a job's comment, at the end, may look like any field.
     return dict(reversed(re.findall(r"(\w+)=(\S*)", text)))
+
+
+def node_list(field: str | None) -> list[str]:
+    """The nodes of a field of `scontrol show job`."""
+    return [] if field in (None, "", "(null)") else hostnames(field)
+
+
+def usable_nodes(partition: str, features: str) -> set[str]:
+    """The nodes of a partition that are up, now free or not; of those with all `features`, where these are plain."""
+    done = run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T|%f")
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    wanted = set(features.split("&")) if re.fullmatch(r"[\w&.-]+", features) else set()
+    is_down = re.compile(r"down|drain|fail|unknown|.*\*")
+    return {node for node, state, has in rows if not is_down.match(state) and wanted <= set(has.split(","))}
 
 
 def was_requeued(fields: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> bool:

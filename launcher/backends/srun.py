@@ -15,22 +15,30 @@ from typing import IO, Any
 
 from configs.clusters import SlurmCluster
 from launcher.backends import slurm_commands as commands
-from launcher.gang import Exit, drain
+from launcher.gang import EXIT_USER_ERROR, OUT_OF_MEMORY, STEP_FAILED, Exit, drain
 from launcher.host.process import HEARTBEAT_SECONDS, host_program
 from launcher.host.task import INTERFACE
-from launcher.machine.slurm import expand_range
+from launcher.machine.slurm import expand_range, step_environment
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
 # Six heartbeats and more: a node that is only busy, or a network that stalls for a moment, is not given up.
 SILENT_SECONDS = 20.0
 START_SECONDS = 600.0  # includes the time in which images of containers are fetched
+REACH_SECONDS = 450.0  # controllers are back by then; below START_SECONDS, after which a node is blamed
 KILL_SECONDS = 3.0  # srun and its tasks get that long to end by themselves
 
 # Messages of srun on a task and on a node that could not report by themselves.
 _TASKS = re.compile(r"srun: error: (\S+): tasks? ([\d,\-]+): (.+)")
 _NODE = re.compile(r"srun: error: .* failed on node (\S+): (.+)")
-_SIGNALS = {signal.strsignal(s): s for s in signal.Signals}
+# What srun says of itself. Its hints and the messages of plugins, which follow, are not the cause.
+_ERROR = re.compile(r"srun: (error:|fatal:|unrecognized|invalid|option) .+")
+# The controller does not answer, or has just begun to.
+_NOT_YET = re.compile(r"contact|connect|timed out|nodes are busy|temporarily", re.IGNORECASE)
+# It would say that again.
+_MISTAKE = re.compile(r"srun: (?!error:)")
+_OUT_OF_MEMORY = "Out Of Memory"
+_SIGNALS = {signal.strsignal(s): s for s in signal.Signals} | {_OUT_OF_MEMORY: signal.SIGKILL}
 
 Options = Mapping[str, str | int | bool | None]
 """Options of srun or sbatch, by their long names; True is an option without a value."""
@@ -41,10 +49,10 @@ def slurm_cluster(plan: Plan) -> SlurmCluster:
     return SlurmCluster.model_validate(plan.submission or {"nodes": plan.hosts})
 
 
-def flags(options: Options, quote: Callable[[str], str] = str) -> list[str]:
+def flags(options: Options) -> list[str]:
     """The options as a command line takes them; those that are None or False are left out."""
     return [
-        f"--{name}" if value is True else f"--{name}={quote(str(value))}"
+        f"--{name}" if value is True else f"--{name}={value}"
         for name, value in options.items()
         if value is not None and value is not False
     ]
@@ -90,18 +98,26 @@ class SrunGang:
         self._step: str | None = None
         """JOB.STEP, which the first report names."""
         self._reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._last_message = ""
+        self._error = ""
+        """What srun said first of its own failure; what it says later are hints, or follows from it."""
+        self._has_begun = self._stopping = False
         self._log = (run.path / f"logs/attempt-{attempt}/srun.log").open("ab")
+        self._command = srun_command(plan, attempt)
         interface = slurm_cluster(plan).interface
-        self._srun = subprocess.Popen(
-            srun_command(plan, attempt),
+        self._environment = step_environment() | ({INTERFACE: interface} if interface else {})
+        self._srun = self._start()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        srun, *arguments = self._command
+        return subprocess.Popen(
+            [srun, *options, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | ({INTERFACE: interface} if interface else {}),
+            env=self._environment,
             start_new_session=True,  # so that Ctrl-C reaches the launcher alone
         )
-        threading.Thread(target=self._wait, daemon=True).start()
 
     def poll(self, timeout: float) -> list[Exit]:
         exits = [e for report in drain(self._reports, timeout) for e in self._exits(report)]
@@ -111,6 +127,7 @@ class SrunGang:
         return exits
 
     def request_stop(self) -> None:
+        self._stopping = True
         self._send(b"stop\n")
 
     def kill(self) -> None:
@@ -151,6 +168,27 @@ class SrunGang:
     # Threads
 
     def _wait(self) -> None:
+        code = self._run_srun()
+        # A controller that is restarted is no failure of this run, and srun waits for it only briefly.
+        while code and self._may_yet_start():
+            if self._stopping:
+                code = -signal.SIGTERM  # as of a worker that has not begun to train
+                break
+            time.sleep(commands.RETRY_SECONDS)
+            if self._killed is not None:
+                break
+            self._error = ""
+            # Right after its start the controller knows no nodes yet, and would keep srun waiting for minutes.
+            self._srun = self._start("--immediate=4")
+            code = self._run_srun()
+        self._reports.put({"ended": code})
+
+    def _may_yet_start(self) -> bool:
+        """Whether srun started nothing because the controller is down, which a site restarts within minutes."""
+        has_time = self._killed is None and time.monotonic() - self._started < REACH_SECONDS
+        return has_time and not self._has_begun and bool(_NOT_YET.search(self._error))
+
+    def _run_srun(self) -> int:
         """Read both pipes to their ends, so that all reports come before the end of srun itself."""
         pipes = [(self._srun.stdout, self._on_task_line), (self._srun.stderr, self._on_srun_line)]
         readers = [threading.Thread(target=self._read, args=pipe, daemon=True) for pipe in pipes]
@@ -158,7 +196,7 @@ class SrunGang:
             reader.start()
         for reader in readers:
             reader.join()
-        self._reports.put({"ended": self._srun.wait()})
+        return self._srun.wait()
 
     def _read(self, pipe: IO[bytes], parse: Callable[[str], bool]) -> None:
         """Log the lines that `parse` does not take for a report."""
@@ -174,21 +212,26 @@ class SrunGang:
             return False
         is_ours = isinstance(report, dict) and "process" in report
         if is_ours:
+            self._has_begun = True
             self._reports.put(report)
         return is_ours
 
     def _on_srun_line(self, line: str) -> bool:
         """srun tells of tasks and nodes that cannot report any more. All its lines are logged."""
-        self._last_message = line
         if match := _TASKS.match(line):
+            is_memory = match[3] == _OUT_OF_MEMORY
+            cause, error = (OUT_OF_MEMORY, "the kernel ended it on its node") if is_memory else ("", "")
             for task in expand_range(match[2]):
-                self._reports.put({"process": int(task), "exit": _code(match[3]), "error": ""})
+                report = {"process": int(task), "exit": _code(match[3]), "cause": cause, "error": error}
+                self._reports.put(report)
         elif match := _NODE.match(line):
             failure = {"exit": 1, "cause": "not started", "error": match[2]}
             for process, node in enumerate(self._nodes):
                 if node == match[1]:
-                    self._has_lost_node = True
+                    self._has_begun = self._has_lost_node = True
                     self._reports.put({"process": process, **failure})
+        elif _ERROR.match(line) and not self._error:
+            self._error = line
         return False
 
     # Exits, from reports and from silence
@@ -196,8 +239,10 @@ class SrunGang:
     def _exits(self, report: dict[str, Any]) -> list[Exit]:
         if "ended" in report:
             code = report["ended"] or 1  # srun may succeed although a task has not reported its end
-            causes = {p: "" if p in self._last_heard else "srun failed" for p in sorted(self._running)}
-            return [self._exit(p, code, cause, self._last_message) for p, cause in causes.items()]
+            code = EXIT_USER_ERROR if _MISTAKE.match(self._error) else code
+            causes = {p: "" if p in self._last_heard else STEP_FAILED for p in sorted(self._running)}
+            error = self._error or "it gives no reason; see srun.log"
+            return [self._exit(p, code, cause, error) for p, cause in causes.items()]
         process = report["process"]
         if "host" in report:
             self._last_heard[process], self._step = time.monotonic(), report["step"]

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,8 +67,7 @@ def print_result(plan: "Plan", run: "RunDirectory", result: dict[str, Any], *, a
     echo(f"\n{result['status']:<12}{step}, {attempts}, {time_taken}")
     if result["failure"]:
         echo(f"{'cause':<12}{describe_failure(result['failure'])}")
-        for line in result["failure"]["lines"]:
-            echo(f"            | {line}")
+        print_lines(result["failure"]["lines"])
         echo(f"{'logs':<12}{run.hosts.logs(run.attempts.last())}")
     if "eval/accuracy" in metrics:
         echo(
@@ -80,6 +80,21 @@ def print_result(plan: "Plan", run: "RunDirectory", result: dict[str, Any], *, a
     if again and result["status"] != "completed":
         mend = "fix the cause, then " if result["failure"] and not result["failure"]["retryable"] else ""
         echo(f"{'resume':<12}{mend}{shlex.join(['launch', *sys.argv[1:]])}")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines of a log, below what they explain."""
+    for line in lines:
+        echo(f"            | {line}")
+
+
+def bad_nodes_text(run: "RunDirectory") -> str:
+    """What becomes of the nodes that failed twice; empty where there are none."""
+    bad, excluded = run.job.bad_nodes(), run.job.excluded_nodes()
+    if not bad:
+        return ""
+    then = "excluded" if excluded else "tried again, since no other nodes are left for the job"
+    return f"failed twice and {then}: {', '.join(bad)}"
 
 
 def duration(seconds: float) -> str:

@@ -164,13 +164,17 @@ def submit(plan: "Plan", run: "RunDirectory") -> None:
     """Submit the job that runs the plan. Raises UserError; then nothing is left behind."""
     from launcher import backends
 
-    with run.rolled_back_on_error(), run.locked():
+    queue = backends.get_queue(plan.backend)
+    if ignored := queue.ignored():
+        console.echo(f"not used    {ignored}")
+    with run.locked_or_rolled_back():
         check_not_in_another_job(run)  # once more: another launch may have submitted it meanwhile
         run.claim_checkpoints(plan)
-        run.job.exclude_nodes([])
-        job = backends.get_queue(plan.backend).submit(plan, run)
+        # Before there is a job: where this launcher is killed, the next command finds the run, and its job.
         run.write_plan(plan)
-        run.begin_launch(job)
+        run.begin_launch(None)
+        job = queue.submit(plan, run)
+        run.job.write_id(job)
     console.echo(f"job         {job}")
 
 
@@ -179,6 +183,7 @@ def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
     from launcher.supervise import EXIT_CODES, EXIT_STOPPED, describe_failure, exit_code
 
     started, num_shown, shown = time.time(), len(run.attempts.all()), ""
+    bad_nodes = console.bad_nodes_text(run)
     try:
         with console.Progress(plan) as progress:
             for state in states(run):
@@ -186,6 +191,9 @@ def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
                     num_shown += 1
                     if attempt["failure"]:
                         progress.print(describe_failure(attempt["failure"]))
+                if console.bad_nodes_text(run) != bad_nodes:
+                    bad_nodes = console.bad_nodes_text(run)
+                    progress.print(bad_nodes)
                 if state.is_active and str(state) != shown:
                     progress.print(str(state))
                     shown = str(state)
@@ -205,6 +213,7 @@ def follow(plan: "Plan", run: "RunDirectory", *, again: bool = True) -> int:
         console.echo(
             f"run {plan.name} is {state}; see {run.location}/logs; repeat the `launch` command to resume"
         )
+        console.print_lines(state.lines)
         return EXIT_CODES.get(state.status, EXIT_CODES["failed"])
     console.print_result(plan, run, result, again=again)
     return exit_code(result)

@@ -31,8 +31,9 @@ def status(name: str | None, root: str | None) -> None:
     from launcher.supervise import describe_failure
 
     run = find_run(root, name)
-    report = run.hosts.report(0)
-    console.echo(f"run         {run.name} ({state_of(run)})")
+    report, state = run.hosts.report(0), state_of(run)
+    console.echo(f"run         {run.name} ({state})")
+    console.print_lines(state.lines)
     console.echo(f"directory   {run.location}")
     if "devices" in report:
         console.echo(f"devices     {report['devices']}")
@@ -48,6 +49,8 @@ def status(name: str | None, root: str | None) -> None:
         console.echo(f"attempt {a['attempt']:<4}{a['verdict']}, {steps}{job}")
         if a["failure"]:
             console.echo(f"            {describe_failure(a['failure'])}")
+    if bad_nodes := console.bad_nodes_text(run):
+        console.echo(f"nodes       {bad_nodes}")
 
 
 @click.command()
@@ -96,7 +99,11 @@ def list_runs(root: str | None) -> None:
     if not found:
         console.echo(f"no runs in {' or '.join(roots_of(root))}")
     for run in found:
-        plan, state, step = plan_of(run), state_of(run), run.hosts.report(0).get("step", 0)
+        try:
+            plan, state, step = plan_of(run), state_of(run), run.hosts.report(0).get("step", 0)
+        except UserError as e:  # of another user, or of another version: the others are listed all the same
+            console.echo(f"{run.name:<24} {'unreadable':<12} {e}")
+            continue
         console.echo(f"{run.name:<24} {state.status:<12} step {step}/{plan.steps:<10} {plan.cluster}")
         if state.costs:
             console.echo(f"{'':<24} {state.costs}")

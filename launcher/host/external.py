@@ -12,6 +12,8 @@ from launcher.rundir import RunDirectory
 
 # Sent in the place of an attempt's number: there is nothing to do, or process 0 was refused.
 CANCELLED, REFUSED = 0, -1
+# What a host that waits for process 0 takes for an attempt when it is asked to stop.
+STOPPED = -2
 
 
 class WorkerHost(Protocol):
@@ -34,7 +36,7 @@ class WorkerHost(Protocol):
         """Called on process 0: announce CANCELLED or REFUSED to the others, in the place of an attempt."""
 
     def wait(self) -> int:
-        """Exit code of the worker, or minus the signal that killed it."""
+        """Exit code of the worker, or minus the signal that killed it, SIGTERM where it was stopped before it began."""
 
     def request_stop(self) -> None:
         """Have the worker save and end, also one that starts later."""
@@ -48,6 +50,8 @@ def start_worker_on(host: WorkerHost, run: RunDirectory, attempt: int | None = N
     Raises UserError where process 0 was refused, or a host does not come.
     """
     attempt, coordinator = host.rendezvous(attempt)
+    if attempt == STOPPED:
+        return True  # what `wait` tells
     if attempt == REFUSED:
         raise UserError("process 0 was refused; its own message says why")
     if attempt == CANCELLED:

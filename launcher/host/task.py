@@ -4,6 +4,8 @@ As a program it does so for a launcher elsewhere, through srun: it reports in li
 and on its standard input `stop` has the worker save and end, while end of file ends the worker at once.
 """
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -12,11 +14,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from launcher.host.external import CANCELLED, start_worker_on
+from launcher.gang import EXIT_USER_ERROR, OUT_OF_MEMORY
+from launcher.host.external import CANCELLED, STOPPED, start_worker_on
 from launcher.host.process import (
     HEARTBEAT_SECONDS,
     kill_group,
@@ -25,8 +29,9 @@ from launcher.host.process import (
     worker_environment,
 )
 from launcher.machine.devices import num_nvidia_gpus
+from launcher.machine.memory import num_oom_kills
 from launcher.machine.network import address, reserve_port
-from launcher.machine.slurm import SlurmTask, current_task
+from launcher.machine.slurm import SlurmTask, current_task, node_address
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 
@@ -35,6 +40,8 @@ INTERFACE = "LAUNCH_INTERFACE"
 # Containers fetch their images meanwhile, at different speeds.
 RENDEZVOUS_SECONDS = 600.0
 POLL_SECONDS = 0.1
+# What a file system means to say again. NFS may fail otherwise, too, but for a moment, as with a stale handle.
+LASTING_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 class SlurmTaskHost:
@@ -47,6 +54,7 @@ class SlurmTaskHost:
         self._worker: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self._port: socket.socket | None = None
+        self._num_oom_kills = num_oom_kills()
 
     def rendezvous(self, attempt: int | None) -> tuple[int, str]:
         if attempt is not None:
@@ -54,7 +62,8 @@ class SlurmTaskHost:
         if self.process:
             return self._wait_for_process_0()
         assert attempt is not None
-        host = address(self.node, self._task.nodes, os.environ.get(INTERFACE))
+        others = [node_address(node) for node in self._task.nodes if node != self.node]
+        host = address(self.node, others[:1], os.environ.get(INTERFACE))
         # Held until this process ends: nothing else may take the port before jax's coordinator listens.
         self._port = reserve_port(host)
         coordinator = f"{host}:{self._port.getsockname()[1]}"
@@ -68,10 +77,8 @@ class SlurmTaskHost:
             **device_environment(plan, self._task, num_nvidia_gpus()),
         }
         with self._lock:
-            try:
+            with self._writing():
                 self._worker = start_worker(self._run, attempt, environment)
-            except OSError as e:
-                raise UserError(f"{self._run.path} cannot be written on {self.node}: {e.strerror}") from None
             if self._stopped:  # the request came during the rendezvous
                 self._worker.terminate()
 
@@ -79,8 +86,13 @@ class SlurmTaskHost:
         self._announce(reason, "")
 
     def wait(self) -> int:
-        assert self._worker is not None
+        if self._worker is None:  # there was a request to stop before it started
+            return -signal.SIGTERM
         return self._worker.wait()
+
+    def is_out_of_memory(self, code: int) -> bool:
+        """Whether the kernel ended the worker with this exit code because memory ran out."""
+        return code == -signal.SIGKILL and num_oom_kills() > self._num_oom_kills
 
     def request_stop(self) -> None:
         with self._lock:
@@ -92,6 +104,17 @@ class SlurmTaskHost:
         with self._lock:
             if self._worker:
                 kill_group(self._worker)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise self._cannot_write(e) from None
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        problem = f"run directory {self._run.path} cannot be written on {self.node}: {error.strerror}"
+        return UserError(f"{problem}; mend that, exclude the node, or choose another place with --root")
 
     def _check_visible(self, attempt: int) -> None:
         # A directory of the same name may be left on this host's own disk.
@@ -108,19 +131,23 @@ class SlurmTaskHost:
         return self._run.rendezvous.file(f"{self._task.step}.{self._task.restart}")
 
     def _announce(self, attempt: int, coordinator: str) -> None:
-        with self._rendezvous_file().open("a", encoding="utf-8") as f:
+        with self._writing(), self._rendezvous_file().open("a", encoding="utf-8") as f:
             f.write(json.dumps([attempt, coordinator]) + "\n")
 
     def _wait_for_process_0(self) -> tuple[int, str]:
         deadline = time.monotonic() + RENDEZVOUS_SECONDS
         while time.monotonic() < deadline:
+            if self._stopped:
+                return STOPPED, ""
             try:
                 # Whichever task comes first creates the file, and each try opens it anew: NFS would cache for a
                 # minute that it is absent.
                 with self._rendezvous_file().open("a+", encoding="utf-8") as f:
                     f.seek(0)
                     line = f.read()
-            except OSError:  # NFS can fail for a moment, for instance with a stale handle
+            except OSError as e:
+                if e.errno in LASTING_ERRORS:
+                    raise self._cannot_write(e) from None
                 line = ""
             if line.endswith("\n"):  # otherwise the line is still being written
                 attempt, coordinator = json.loads(line)
@@ -195,12 +222,18 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: host.request_stop())
     threading.Thread(target=reports.send_heartbeats, name="heartbeat", daemon=True).start()
     threading.Thread(target=_read_commands, args=(host,), name="commands", daemon=True).start()
+    cause = error = ""
     try:
         start_worker_on(host, run, int(sys.argv[2]))
-        code, error = host.wait(), ""
+        code = host.wait()
+        if host.is_out_of_memory(code):
+            cause, error = (
+                OUT_OF_MEMORY,
+                f"the kernel ended it on {host.node}; raise the job's memory for each process",
+            )
     except UserError as e:
-        code, error = 2, str(e)
+        code, error = EXIT_USER_ERROR, str(e)
     try:
-        reports.send(exit=code, error=error)
+        reports.send(exit=code, cause=cause, error=error)
     finally:
         os._exit(shell_exit_code(code))  # at once: the other threads never end

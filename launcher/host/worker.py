@@ -71,7 +71,8 @@ class Reporter:
         self._report: dict[str, Any] = {
             "process": member.process,
             "processes": member.processes,
-            "host": socket.gethostname(),
+            # SLURM may know its nodes by other names than they know themselves.
+            "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             "pid": os.getpid(),
             "begun": BEGUN,
         }
@@ -86,7 +87,7 @@ class Reporter:
     def _beat(self) -> None:
         while True:
             time.sleep(1.0)
-            with contextlib.suppress(OSError):  # on a full disk, the write that matters raises
+            with contextlib.suppress(OSError, UserError):  # on a full disk, the write that matters raises
                 self()
 
 
@@ -170,7 +171,7 @@ def _report_failure(reporter: Reporter | None, error: Exception, *, retryable: b
         "retryable": retryable,
         "step": getattr(error, "step", None),
     }
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         reporter(phase="failed", failure=failure)
 
 

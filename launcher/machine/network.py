@@ -10,13 +10,12 @@ from configs.errors import UserError
 SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
-def address(node: str, nodes: Sequence[str], interface: str | None) -> str:
-    """The IPv4 address at which the other `nodes` reach this one, which is called `node`.
+def address(node: str, others: Sequence[str], interface: str | None) -> str:
+    """The IPv4 address at which the other nodes, by their names or addresses, reach this one, called `node`.
 
     It is the address of `interface`, or without one that of the interface through which the first of the other
     nodes is reached. Raises UserError where there is none.
     """
-    others = [other for other in nodes if other != node]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             if interface is not None:

@@ -1,8 +1,9 @@
-"""The task of a SLURM step that this process is, and the names of the step's nodes.
+"""What SLURM's variables say of this process, which of them its commands may see, and the names of nodes.
 
 The variables are those of https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -11,6 +12,66 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from configs.errors import UserError
+
+# Each command of SLURM takes options from variables of its own and from those of the job or step around it.
+_SLURM = re.compile(r"_?(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCONTROL|SCANCEL|SACCT)_\w+")
+# These only say where SLURM is, and who asks.
+_ACCESS = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_SACK_KEY", "SLURM_SACK_JWKS"}
+# These say which job this is. srun takes no other option from them than the job's id.
+_JOB = re.compile(r"SLURM_(JOB_\w+|JOBID|ARRAY_\w+|RESTART_COUNT|CLUSTER_NAME|SUBMIT_\w+)|_?SLURM_SPANK_\w+")
+
+
+def command_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of SLURM's commands, and of the jobs that sbatch submits: none of SLURM's options is in it."""
+    return {k: v for k, v in environment.items() if k in _ACCESS or not _SLURM.fullmatch(k)}
+
+
+def step_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of an srun in this job: of SLURM's variables it has those that say which job this is."""
+    job = {k: v for k, v in environment.items() if _JOB.fullmatch(k)}
+    return command_environment(environment) | job
+
+
+def ignored_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables by which the user may have meant to give options to sbatch, which does not get them."""
+    # SLURM itself sets the second kind in jobs.
+    return sorted(
+        k
+        for k in environment
+        if k == "SLURM_CLUSTERS" or (k.startswith("SBATCH_") and not re.match("SBATCH_(MEM|CPU)_BIND", k))
+    )
+
+
+def job_id(environment: Mapping[str, str] = os.environ) -> str:
+    """The id of this job; of a task of an array ARRAY_TASK, since the id of the last task is also that of the array."""
+    job = environment["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_TASK_ID" not in environment or not _may_be(job, "ArrayJobId"):
+        return job
+    return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+
+
+@functools.cache
+def _may_be(job: str, field: str) -> bool:
+    """Whether a job has a field by which SLURM knows arrays and the like; True where SLURM does not answer.
+
+    sbatch hands the variables of the job in which it is typed on to a job that is nothing of the kind.
+    """
+    try:
+        command = ["scontrol", "--oneliner", "show", "job", job]
+        done = subprocess.run(command, capture_output=True, text=True, env=command_environment())
+    except FileNotFoundError:
+        return True
+    records = [line for line in done.stdout.splitlines() if re.match(rf"JobId={job}\b", line)]
+    return not records or any(f" {field}=" in record for record in records)
+
+
+def check_job(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UserError in a heterogeneous job, whose components are jobs of their own to SLURM's commands."""
+    if "SLURM_HET_SIZE" in environment and _may_be(environment["SLURM_JOB_ID"], "HetJobId"):
+        raise UserError(
+            f"this is a heterogeneous job of {environment['SLURM_HET_SIZE']} components, which podlaunch cannot use; "
+            "submit a job whose nodes are all alike, without `:` or hetjob"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,13 +102,14 @@ def current_task(environment: Mapping[str, str] = os.environ) -> SlurmTask | Non
     """
     if "SLURM_STEP_ID" not in environment:
         return None
+    check_job(environment)
     task = SlurmTask(
         process=int(environment["SLURM_PROCID"]),
         processes=int(environment["SLURM_STEP_NUM_TASKS"]),
         local_process=int(environment["SLURM_LOCALID"]),
         node=environment["SLURMD_NODENAME"],
         nodes=tuple(hostnames(environment["SLURM_STEP_NODELIST"])),
-        step=f"{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}",
+        step=f"{job_id(environment)}.{environment['SLURM_STEP_ID']}",
         restart=int(environment.get("SLURM_RESTART_COUNT", 0)),
     )
     if task.processes % len(task.nodes):
@@ -62,13 +124,24 @@ def hostnames(nodelist: str) -> list[str]:
     """The nodes of a SLURM node list, in order, as `scontrol show hostnames` expands it."""
     try:
         command = ["scontrol", "show", "hostnames", nodelist]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=command_environment())
         if done.returncode == 0 and done.stdout:
             return done.stdout.split()
     except FileNotFoundError:
         pass
     # Containers have no scontrol, and SLURM 22.05 refuses names with a suffix behind the brackets, such as n[1-2]-ib.
     return _expand(nodelist)
+
+
+def node_address(node: str) -> str:
+    """Where SLURM reaches a node: a name or an address. Its own name need not be one that resolves."""
+    try:
+        command = ["scontrol", "--oneliner", "show", "node", node]
+        done = subprocess.run(command, capture_output=True, text=True, env=command_environment())
+    except FileNotFoundError:  # in a container
+        return node
+    match = re.search(r"\bNodeAddr=(\S+)", done.stdout)
+    return match[1] if match else node
 
 
 def _expand(nodelist: str) -> list[str]:

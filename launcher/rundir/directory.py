@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from configs import checkpoints
 from configs.errors import UserError
+from configs.files import write_atomically
 from launcher.plan import Plan
 from launcher.rundir import shared, storage
 from launcher.rundir.attempts import Attempts
@@ -22,6 +23,7 @@ from launcher.rundir.lease import LEASE, HeldError
 from launcher.rundir.resources import FILE as RESOURCES
 from launcher.rundir.resources import Resources
 
+TAIL_BYTES = 8192
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -73,6 +75,10 @@ class RunDirectory:
     def refresh(self) -> None:
         """Have the next reads answer as of now; those of a bucket may otherwise be some seconds old."""
         self._files.refresh()
+
+    def read_tail(self, name: str) -> str:
+        """The end of a log, empty where there is none."""
+        return self._files.read_from(name, 0)[-TAIL_BYTES:].decode(errors="replace")
 
     # Plan and code
 
@@ -126,21 +132,6 @@ class RunDirectory:
         ours = (LEASE, RESOURCES, "rendezvous", "code.tar.gz")  # these may be there without a plan
         return any(not name.startswith(".") and name not in ours for name in self._files.names())
 
-    @contextmanager
-    def rolled_back_on_error(self) -> Iterator[None]:
-        """Remove what was written in this context if it ends by an exception, and the folders made for it."""
-        absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        before = set() if absent else set(self.path.iterdir())
-        try:
-            yield
-        except BaseException:
-            for entry in set(self.path.iterdir()) - before if self.path.is_dir() else ():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            for folder in absent:
-                with suppress(OSError):  # another run has been made in the folder meanwhile
-                    folder.rmdir()
-            raise
-
     # The launcher that holds the run
 
     @contextmanager
@@ -157,6 +148,24 @@ class RunDirectory:
                 ) from None
             yield
 
+    @contextmanager
+    def locked_or_rolled_back(self) -> Iterator[None]:
+        """Hold the run; if this context ends by an error, the directory is as it was, or absent again.
+
+        Not if it ends by Ctrl-C, when what was begun elsewhere may have succeeded. Raises RunHeldError.
+        """
+        absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        with self.locked():
+            before = {} if absent else {path: _content(path) for path in self.path.iterdir()}
+            try:
+                yield
+            except Exception:
+                _restore(self.path, before)
+                for folder in absent:
+                    with suppress(OSError):  # another run has been made in the folder meanwhile
+                        folder.rmdir()
+                raise
+
     def is_running(self) -> bool:
         """Whether some launcher holds the run."""
         return self._files.is_held()
@@ -170,7 +179,7 @@ class RunDirectory:
         # A stop request of the launch before would end this one at once, and its result would look like this one's.
         self.clear_stop()
         self._files.delete("result.json")
-        self.job.exclude_nodes([])
+        self.job.write_bad_nodes([], exclude=False)
         self.job.write_id(job)
         self.attempts.begin_launch()
 
@@ -222,6 +231,20 @@ class RunDirectory:
         directory = self.location if self.is_shared else str(self.path.absolute())
         claim = {"run": self.name, "directory": directory, "host": gethostname(), "id": identity}
         checkpoints.claim(location, claim)
+
+
+def _content(path: Path) -> bytes | None:
+    """The content of a file; None for a folder."""
+    return None if path.is_dir() else path.read_bytes()
+
+
+def _restore(folder: Path, before: Mapping[Path, bytes | None]) -> None:
+    """Have a folder contain the files that it had before, and no new folders."""
+    for entry in set(folder.iterdir()) - before.keys():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for path, content in before.items():
+        if content is not None and (not path.exists() or path.read_bytes() != content):
+            write_atomically(path, content)
 
 
 def list_runs(*roots: Path | str) -> list[RunDirectory]:

@@ -1,4 +1,4 @@
-"""The id of the SLURM job in which a run goes on, and the nodes that its next job excludes."""
+"""The id of the SLURM job in which a run goes on, the nodes that failed twice, and those its next job excludes."""
 
 from launcher.rundir.storage import Files
 
@@ -19,5 +19,10 @@ class JobFiles:
     def excluded_nodes(self) -> list[str]:
         return (self._files.read("excluded-nodes") or "").split()
 
-    def exclude_nodes(self, nodes: list[str]) -> None:
-        self._files.write("excluded-nodes", "".join(f"{node}\n" for node in nodes))
+    def bad_nodes(self) -> list[str]:
+        """Nodes that failed twice; those that are not excluded are tried again, since no others are left."""
+        return (self._files.read("bad-nodes") or "").split()
+
+    def write_bad_nodes(self, nodes: list[str], *, exclude: bool) -> None:
+        for name, content in (("bad-nodes", nodes), ("excluded-nodes", nodes if exclude else [])):
+            self._files.write(name, "".join(f"{node}\n" for node in content))

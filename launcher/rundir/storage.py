@@ -76,7 +76,9 @@ def list_plans(*roots: str) -> list[str]:
         if root.startswith("gs://"):
             found += [(written, f"{root.rstrip('/')}/{name}") for written, name in Bucket(root).plans()]
         else:
-            found += [(p.stat().st_mtime, str(p.parent)) for p in Path(root).glob("*/plan.json")]
+            for plan in Path(root).glob("*/plan.json"):
+                with suppress(OSError):  # deleted meanwhile, or in the folder of another user
+                    found.append((plan.stat().st_mtime, str(plan.parent)))
     return [location for _, location in sorted(found, key=lambda entry: entry[0], reverse=True)]
 
 
@@ -85,18 +87,20 @@ class Folder:
         self.location, self._path = str(path), path
 
     def read(self, name: str) -> str | None:
-        try:
-            return (self._path / name).read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with self._reading():
+            try:
+                return (self._path / name).read_text(encoding="utf-8")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def read_from(self, name: str, offset: int) -> bytes:
-        try:
-            with (self._path / name).open("rb") as f:
-                f.seek(offset)
-                return f.read()
-        except FileNotFoundError:
-            return b""
+        with self._reading():
+            try:
+                with (self._path / name).open("rb") as f:
+                    f.seek(offset)
+                    return f.read()
+            except FileNotFoundError:
+                return b""
 
     def write(self, name: str, content: str | bytes) -> None:
         with self._writing():
@@ -112,10 +116,11 @@ class Folder:
                 path.unlink()
 
     def names(self, folder: str = "") -> list[str]:
-        try:
-            return sorted(p.name for p in (self._path / folder).iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        with self._reading():
+            try:
+                return sorted(p.name for p in (self._path / folder).iterdir())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
 
     def refresh(self) -> None:
         pass
@@ -142,6 +147,13 @@ class Folder:
 
     def is_lost(self, *, refresh: bool = False) -> bool:
         return False
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except PermissionError as e:
+            raise UserError(f"run directory {self._path} cannot be read: {e.strerror}") from None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -103,6 +103,13 @@ def raised_slurm() -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="session")
+def raised_site() -> Iterator[Slurm]:
+    network.skip_without(slurm_testbed.missing(), "SLURM")
+    with slurm_testbed.raised(slurm_testbed.SITE_LAYOUT) as slurm:
+        yield slurm
+
+
+@pytest.fixture(scope="session")
 def raised_vms() -> Iterator[Slice]:
     network.skip_without(tpu_testbed.missing(), "TPU")
     with tpu_testbed.raised() as vms:

@@ -17,10 +17,10 @@ def test_a_killed_worker_takes_the_rest_along_and_the_run_goes_on_from_its_check
     launched = run.launch()
     for attempt, victim in ((1, 1), (2, 0)):
         run.wait_for_step(attempt * SAVE_EVERY + 1, attempt=attempt)
-        run.hold_at((attempt + 1) * SAVE_EVERY + 1)
         gang = run.workers()
         run.freeze(1 - victim)
         run.kill_workers(victim)
+        run.hold_at((attempt + 1) * SAVE_EVERY + 1)  # of this gang nobody goes on any more
         run.wait_until(lambda gang=gang: run.are_gone(gang), "the gang is gone")
     run.let_go()
     assert launched.wait() == 0, launched.text
@@ -81,3 +81,15 @@ def test_a_read_only_disk_is_the_users_to_mend(training, mount):
     assert launched.wait() == 2
     error = launched.text.splitlines()[-1]
     assert error.startswith(f"error: run directory {run.path} cannot be written: Read-only file system")
+
+
+def test_a_frozen_worker_is_the_cause_not_the_one_that_jax_aborts_because_of_it(training):
+    run = training
+    launched = run.launch("train.steps=100000", "--max-restarts", "0")
+    run.wait_for_step(1)
+    run.freeze(1)
+    assert launched.wait() == 1
+    failure = run.result()["failure"]
+    assert (failure["process"], failure["cause"]) == (1, "hung")
+    assert "jax lost contact with it and ended the others" in launched.text
+    assert run.workers() == {}

@@ -210,11 +210,11 @@ def test_killed_task_ends_the_step_and_the_run_goes_on_in_the_allocation(slurm, 
     launched = run.launch(cluster=PAIR)
     for attempt, victim in ((1, 1), (2, 0)):
         run.wait_for_step(attempt * SAVE_EVERY + 1, attempt=attempt)
-        run.hold_at((attempt + 1) * SAVE_EVERY + 1)
         gang = run.workers()
         run.freeze(1 - victim)
         # Once the worker, as when memory runs out, once the task that SLURM knows.
         os.kill(gang[victim] if attempt == 1 else host_of(run, victim), signal.SIGKILL)
+        run.hold_at((attempt + 1) * SAVE_EVERY + 1)  # of this gang nobody goes on any more
         run.wait_until(lambda gang=gang: run.are_gone(gang), "the step is gone")
     run.let_go()
     text = text_of(launched)

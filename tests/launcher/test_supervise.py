@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from launcher.gang import PREEMPTED, Exit
+from launcher.gang import EXIT_USER_ERROR, PREEMPTED, STEP_FAILED, Exit
 from launcher.plan import Plan
 from launcher.rundir import RunDirectory
 from launcher.supervise import (
     EXIT_CODES,
     EXIT_DONE,
     EXIT_SAVED,
-    EXIT_USER_ERROR,
     Failure,
     StopRequest,
     describe_failure,
+    exit_code,
     goodput,
     supervise,
 )
@@ -194,6 +194,40 @@ def test_abort_without_another_cause_is_the_cause(supervised):
     assert (failure["process"], failure["cause"]) == (0, "SIGABRT")
 
 
+# What jax 0.10.2 and 0.12 print in the processes that it aborts, when process 1 does not answer.
+UNHEALTHY = """\
+F1125 18:24:36.334400   21141 client.h:80] Terminating process because the JAX distributed service detected fatal \
+errors. absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
+{}
+The tasks have crashed. Check the task logs for an earlier error, or scheduler events (e.g. preemption, eviction) to \
+debug further.
+*** Check failure stack trace: ***
+"""
+
+
+@pytest.mark.parametrize("name", ["1", "/job:jax_worker/replica:0/task:1"])
+def test_process_that_jax_calls_unhealthy_is_the_cause_not_the_one_that_jax_aborted(
+    supervised, name, monkeypatch
+):
+    monkeypatch.setattr("launcher.supervise.ROOT_CAUSE_SECONDS", 0)
+    gang = MemoryGang([Exit(0, -signal.SIGABRT, "n1")], logs={0: UNHEALTHY.format(name)})
+    failure = supervised(gang, max_restarts=0)["failure"]
+    assert (failure["process"], failure["cause"]) == (1, "hung")
+    assert "jax lost contact with it" in failure["error"]
+
+
+def test_process_that_went_silent_is_the_cause_where_the_coordinator_hangs(supervised, monkeypatch):
+    monkeypatch.setattr("launcher.supervise.ROOT_CAUSE_SECONDS", 0)
+    # Process 0 is the coordinator, which cannot name itself.
+    gang = MemoryGang(
+        [Exit(1, -signal.SIGABRT, "n2")],
+        reports={0: {"time": 100.0, "host": "n1", "step": 7}, 1: {"time": 131.0, "step": 7}},
+    )
+    failure = supervised(gang, max_restarts=0)["failure"]
+    assert (failure["process"], failure["host"], failure["cause"]) == (0, "n1", "hung")
+    assert failure["error"].endswith("it last reported 31 s before the others")
+
+
 def test_error_from_the_backend_beats_the_log(supervised):
     lost = Exit(1, 1, host="n2", cause="lost", error="nothing was heard of n2 for 20 s")
     failure = supervised(MemoryGang([lost], logs={1: "noise"}), max_restarts=0)["failure"]
@@ -233,6 +267,19 @@ def test_progress_between_requeues_makes_a_job_go_on(supervised):
 
 
 # Failures and restarts
+
+
+def test_step_that_could_not_start_is_nobody_s_failure_and_the_users_where_it_would_not_start_again(
+    supervised,
+):
+    ends = [Exit(p, 2, f"n{p}", STEP_FAILED, "srun: fatal: no") for p in (0, 1)]
+    result = supervised(MemoryGang(ends))
+    assert (result["attempts"], exit_code(result)) == (1, EXIT_USER_ERROR)
+    assert (
+        describe_failure(result["failure"]) == "srun failed, so that no process was started: srun: fatal: no"
+    )
+    again = [Exit(p, 1, f"n{p}", STEP_FAILED, "srun: error: no") for p in (0, 1)]
+    assert exit_code(supervised(MemoryGang(again), max_restarts=0)) == 1
 
 
 def test_all_processes_done_is_completed(supervised):

@@ -82,7 +82,7 @@ def test_run_directory_and_variables_survive_a_real_shell(submitted, tmp_path, o
     python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$ODD" "$@" > {arguments_file}\n')
     python.chmod(0o755)
     plan = submitted(root=f"/runs/{odd}", nodes=1, python=str(python), environment={"ODD": odd})
-    subprocess.run(["bash", "-c", slurm.render(plan)], check=True, cwd=tmp_path)
+    subprocess.run(["bash", "-c", slurm.script(plan)], check=True, cwd=tmp_path)
     variable, *arguments = arguments_file.read_text().split("\0")
     assert variable == odd
     assert arguments[-2] == f"/runs/{odd}/quickstart"
@@ -153,7 +153,7 @@ def test_job_of_unknown_state_counts_as_preempted():
 
 
 def test_options_that_are_zero_are_passed_on(submitted):
-    assert "#SBATCH --mem=0\n" in slurm.render(submitted(nodes=2, sbatch={"mem": 0}))
+    assert "--mem=0" in slurm.sbatch_command(submitted(nodes=2, sbatch={"mem": 0}))
 
 
 def test_without_squeue_the_state_of_a_job_is_unknown_not_interrupted(submitted, tmp_path, monkeypatch):
@@ -167,6 +167,25 @@ def test_without_squeue_the_state_of_a_job_is_unknown_not_interrupted(submitted,
     assert str(slurm.state(run)) == "unknown: job 12; there is no squeue on this machine"
     run.write_result({"status": "stopped"})
     assert slurm.state(run).status == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("printed", "job"),
+    [
+        ("12\n", "12"),
+        ("12;alpha\n", "12"),
+        ("Welcome! 3 jobs are yours\n2026\n12\nThis will cost 7 credits\n", "12"),
+        ("Submitted.\n", None),
+        ("", None),
+    ],
+)
+def test_id_of_a_job_is_found_in_what_a_wrapped_sbatch_prints(printed, job):
+    assert slurm_commands.submitted_id(printed) == job
+
+
+def test_nodes_to_exclude_are_added_to_those_of_the_user(submitted):
+    plan = submitted(nodes=2, sbatch={"exclude": "n1"})
+    assert "--exclude=n7,n8,n1" in slurm.sbatch_command(plan, ["n7", "n8"])
 
 
 if __name__ == "__main__":

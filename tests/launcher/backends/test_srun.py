@@ -62,10 +62,96 @@ def test_task_that_srun_saw_end_is_named_with_its_code(exits_of):
     assert exits_of(f"{script}; exit 1") == [Exit(1, -9, "n2"), Exit(0, 3, "n1")]
 
 
-def test_srun_that_starts_nothing_says_why(exits_of):
-    first, _ = exits_of("echo 'srun: error: Unable to create step: Invalid node count' >&2; exit 1")
-    assert (first.process, first.cause) == (0, "srun failed")
+def test_srun_that_starts_nothing_says_why_and_not_what_follows_from_it(exits_of):
+    lines = (
+        "srun: warning",
+        "srun: error: Unable to create step: Invalid node count",
+        "srun: Check SLURM_JOB_ID",
+    )
+    script = "; ".join(f"echo '{line}' >&2" for line in lines)
+    first, _ = exits_of(f"{script}; exit 1")
+    assert (first.process, first.code, first.cause) == (0, 1, "srun failed")
     assert first.error == "srun: error: Unable to create step: Invalid node count"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE are", "srun: unrecognized option '--bogus'"],
+)
+def test_srun_that_would_refuse_again_is_a_mistake_of_the_user(exits_of, line):
+    first, _ = exits_of(f'echo "{line}" >&2; exit 1')
+    assert (first.code, first.cause, first.error) == (2, "srun failed", line)
+
+
+def test_srun_waits_for_a_controller_that_is_down(exits_of, tmp_path):
+    down = "srun: error: Unable to confirm allocation for job 12: Unable to contact slurm controller"
+    busy = "srun: error: Unable to create step for job 12: Requested nodes are busy"
+    calls = tmp_path / "calls"
+    script = f"""
+echo "$1" >>{calls}
+case $(wc -l <{calls}) in
+1) echo '{down}' >&2; exit 1 ;;
+2) echo '{busy}' >&2; exit 1 ;;
+esac
+echo '{{"process": 0, "host": "n1", "step": "12.0", "exit": 0, "error": ""}}'
+echo '{{"process": 1, "host": "n2", "step": "12.0", "exit": 0, "error": ""}}'
+"""
+    assert exits_of(script) == [Exit(0, 0, "n1"), Exit(1, 0, "n2")]
+    assert len(calls.read_text().splitlines()) == 3
+
+
+def test_process_that_ran_out_of_memory_is_told_so(exits_of):
+    first, _ = exits_of("echo 'srun: error: n2: task 1: Out Of Memory' >&2; exit 1")
+    assert (first.process, first.code, first.host, first.cause) == (1, -9, "n2", "out of memory")
+
+
+def test_srun_gets_no_options_from_around_the_job(exits_of, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_LABELIO", "1")
+    exits_of(f"env >{tmp_path}/environment; exit 1")
+    names = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
+    assert {name for name in names if name.startswith("SLURM_")} == {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"}
+
+
+@pytest.fixture
+def failed_twice(fake_command, planned, tmp_path, monkeypatch):
+    """Whether a job of two nodes may restart, of which n2 has failed twice; and the run, for what is done then."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1,n2")
+    fake_command("squeue", "echo UNLIMITED")
+    run = RunDirectory(tmp_path / "runs" / "quickstart")
+    plan = replace(planned(), hosts=2, run_directory=str(run.path))
+    run.begin_launch("12")
+    for attempt in (1, 2):
+        run.attempts.append({"attempt": attempt, "failure": {"host": "n2", "cause": "SIGKILL"}})
+
+    def failed_twice(nodes: str, job: str = "") -> tuple[bool, RunDirectory]:
+        fields = (
+            f"JobId=12 {job} BatchFlag=1 Partition=main Features=(null)"  # the first of two fields counts
+        )
+        fake_command("scontrol", f'[ "$2" = hostnames ] && echo $3 | tr , " " || echo "{fields}"')
+        fake_command("sinfo", f"printf '{nodes}'")
+        return slurm.can_restart(plan, run), run
+
+    return failed_twice
+
+
+@pytest.mark.parametrize(
+    ("nodes", "job", "excluded"),
+    [
+        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "", ["n2"]),
+        ("n1|mixed|a\\nn2|mixed|a\\n", "", []),
+        ("n1|mixed|a\\nn2|mixed|a\\nn3|down*|a\\n", "", []),
+        ("n1|mixed|a\\nn2|mixed|a\\nn3|drained|a\\n", "", []),
+        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "ExcNodeList=n3", []),
+        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "ReqNodeList=n1,n2", []),
+        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|b\\n", "Features=a", []),
+        ("n1|mixed|a,b\\nn2|mixed|a\\nn3|idle|b,a\\n", "Features=a&b", ["n2"]),
+        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "BatchFlag=0", []),
+    ],
+)
+def test_node_is_excluded_only_where_enough_others_are_left(failed_twice, nodes, job, excluded):
+    can_restart, run = failed_twice(nodes, job)
+    assert (run.job.bad_nodes(), run.job.excluded_nodes()) == (["n2"], excluded)
+    assert can_restart == (not excluded)
 
 
 @pytest.mark.parametrize(("limit", "refused"), [("5:00", True), ("5:01", False), ("UNLIMITED", False)])

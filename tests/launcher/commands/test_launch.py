@@ -547,8 +547,9 @@ def test_options_for_slurm_jobs_are_refused_outside_a_job(root, arguments, messa
 def test_script_is_shown_by_a_dry_run_and_nothing_is_made(root):
     result = launch("--cluster", "slurm-4x0", QUICKSTART, "--dry-run", "--sbatch", "partition=debug")
     assert result.exit_code == 0
-    assert "\n#!/bin/bash\n#SBATCH --job-name=quickstart\n" in result.stdout
-    assert "#SBATCH --partition=debug\n" in result.stdout
+    assert "\nsbatch --parsable --job-name=quickstart " in result.stdout
+    assert "\n#!/bin/bash\n" in result.stdout
+    assert " --partition=debug " in result.stdout
     assert not root.exists()
 
 
@@ -556,3 +557,21 @@ def test_time_limit_below_the_time_to_save_is_refused(root):
     result = launch("--cluster", "slurm-4x0", QUICKSTART, "--sbatch", "time=5")
     assert_refused(result, 'time = 5 of cluster "slurm-4x0" is not above its save_minutes = 5')
     assert not root.exists()
+
+
+def test_runs_that_cannot_be_read_are_listed_as_such_beside_the_others(made, root):
+    for name in ("mine", "another-s", "old"):
+        made(name=name)
+    (root / "another-s" / "plan.json").chmod(0)
+    (root / "old" / "plan.json").write_text("{}")
+    # Root, as which the tests may run, is not asked for permission unless it gives that up.
+    caps = "-dac_override,-dac_read_search"
+    mortal = ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}"] if os.geteuid() == 0 else []
+    command = [*mortal, sys.executable, "-m", "podlaunch", "list", "--root", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert re.search(
+        r"unreadable +run directory .*another-s cannot be read: Permission denied", rows["another-s"]
+    )
+    assert re.search(r"unreadable +.*old/plan.json is not a plan of this podlaunch", rows["old"])
+    assert "interrupted" in rows["mine"]

@@ -1,13 +1,17 @@
 """Which GPUs a process gets on its node; hosts with workers run in tests/clusters."""
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from configs.errors import UserError
+from launcher.host.external import start_worker_on
 from launcher.host.process import shell_exit_code
-from launcher.host.task import _network_environment, device_environment
+from launcher.host.task import SlurmTaskHost, _network_environment, device_environment
 from launcher.machine.slurm import SlurmTask
+from launcher.rundir import RunDirectory
 
 
 def place(local: int, per_node: int) -> SlurmTask:
@@ -65,3 +69,17 @@ def test_nccl_uses_the_clusters_interface_unless_it_is_told_another(monkeypatch,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert _network_environment() == expected
+
+
+def test_host_that_waits_for_process_0_heeds_a_request_to_stop(tmp_path, planned):
+    run = RunDirectory(tmp_path / "runs" / "quickstart")
+    run.write_plan(planned())
+    number = run.attempts.begin({})
+    host = SlurmTaskHost(SlurmTask(1, 2, 0, "n2", ("n1", "n2"), "12.0", 0), run)
+    with ThreadPoolExecutor() as pool:
+        started = pool.submit(start_worker_on, host, run, number)
+        while not list((run.path / "logs").glob("rendezvous-*")):  # process 0 never comes
+            assert not started.done()
+        host.request_stop()
+        assert started.result(timeout=60)
+    assert host.wait() == -signal.SIGTERM

@@ -9,25 +9,25 @@ from launcher.machine.network import address, reserve_port
 
 
 def test_address_is_that_of_the_interface_asked_for():
-    assert address("n1", ["n1"], "lo") == "127.0.0.1"
+    assert address("n1", [], "lo") == "127.0.0.1"
 
 
 def test_processes_of_one_node_meet_on_loopback():
-    assert address("n1", ["n1"], None) == "127.0.0.1"
+    assert address("n1", [], None) == "127.0.0.1"
 
 
 def test_address_is_the_one_that_leads_to_the_other_nodes():
-    assert address("n1", ["n1", "localhost"], None) == "127.0.0.1"
+    assert address("n1", ["localhost"], None) == "127.0.0.1"
 
 
 def test_interface_that_is_not_there_is_told_with_those_that_are():
     with pytest.raises(UserError, match=r"n1 has no network interface ib9 .* one of: .*lo"):
-        address("n1", ["n1"], "ib9")
+        address("n1", [], "ib9")
 
 
 def test_nodes_that_cannot_be_found_are_told():
     with pytest.raises(UserError, match=r"n1 finds no way to nowhere\.invalid"):
-        address("n1", ["n1", "nowhere.invalid"], None)
+        address("n1", ["nowhere.invalid"], None)
 
 
 def test_held_port_is_the_coordinators_and_nobody_elses():

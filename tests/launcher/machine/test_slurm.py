@@ -6,7 +6,17 @@ import subprocess
 import pytest
 
 from configs.errors import UserError
-from launcher.machine.slurm import SlurmTask, _expand, current_task, hostnames
+from launcher.machine.slurm import (
+    SlurmTask,
+    _expand,
+    command_environment,
+    current_task,
+    hostnames,
+    ignored_variables,
+    job_id,
+    node_address,
+    step_environment,
+)
 
 STEP = {
     "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
@@ -64,3 +74,47 @@ def test_scontrol_expands_the_same(nodelist, tmp_path, monkeypatch):
         ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == _expand(nodelist)
+
+
+def test_tasks_of_an_array_are_not_called_by_the_array_s_own_id():
+    # In the last task SLURM_JOB_ID is also the id of the array, and so means all tasks to scancel and scontrol.
+    array = STEP | {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}
+    assert job_id(array) == "12_1"
+    assert current_task(array).step == "12_1.3"
+    assert job_id(STEP) == "12"
+
+
+def test_heterogeneous_job_is_refused():
+    with pytest.raises(UserError, match=r"this is a heterogeneous job of 2 components, .*; submit a job"):
+        current_task(STEP | {"SLURM_HET_SIZE": "2"})
+
+
+AROUND = {
+    "HOME": "/home/me", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2",
+    "SLURM_LABELIO": "1", "SLURM_MEM_PER_CPU": "9", "SBATCH_PARTITION": "a", "SBATCH_MEM_BIND": "local",
+    "SRUN_CPUS_PER_TASK": "2", "SQUEUE_STATES": "all", "SLURMD_DEBUG": "5", "SLURM_CLUSTERS": "b",
+    "_SLURM_SPANK_OPTION_pyxis_container_image": "x", "SLURMISH": "mine",
+}  # fmt: skip
+
+
+def test_commands_and_new_jobs_get_none_of_slurm_s_options():
+    assert command_environment(AROUND).keys() == {"HOME", "SLURM_CONF", "SLURMISH"}
+
+
+def test_steps_get_of_slurm_s_variables_those_that_say_which_job_this_is():
+    more = step_environment(AROUND).keys() - command_environment(AROUND).keys()
+    assert more == {"SLURM_JOB_ID", "SLURM_RESTART_COUNT", "_SLURM_SPANK_OPTION_pyxis_container_image"}
+
+
+def test_variables_that_were_meant_for_sbatch_are_told():
+    assert ignored_variables(AROUND) == ["SBATCH_PARTITION", "SLURM_CLUSTERS"]
+
+
+def test_address_of_a_node_is_what_slurm_says_or_else_its_name(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "NodeName=$4 CPUTot=2 NodeAddr=10.0.0.7 NodeHostName=host7"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert node_address("gpu-a.rack1") == "10.0.0.7"
+    scontrol.unlink()
+    assert node_address("gpu-a.rack1") == "gpu-a.rack1"

@@ -317,3 +317,42 @@ def test_foreign_plan_json_in_a_bucket_is_a_user_error(gcs):
     gcs.put("runs/quickstart/plan.json", b'{"resource": []}')
     with pytest.raises(UserError, match=r"^gs://bucket/runs/quickstart/plan\.json is not a plan"):
         RunDirectory("gs://bucket/runs/quickstart").plan()
+
+
+def test_directory_is_as_it_was_where_a_launch_is_refused(run, planned):
+    run.write_result({"status": "stopped"})
+    files = {path: path.read_bytes() for path in run.path.iterdir()}
+
+    def refused(run: RunDirectory) -> None:
+        with run.locked_or_rolled_back():
+            run.write_plan(planned("train.epochs=1"))
+            run.begin_launch(None)
+            (run.path / "logs").mkdir()
+            raise UserError("refused")
+
+    with pytest.raises(UserError, match="refused"):
+        refused(run)
+    assert {path: path.read_bytes() for path in run.path.iterdir() if path.name != ".lock"} == files
+    absent = RunDirectory(run.path.parent / "new" / "run")
+    with pytest.raises(UserError, match="refused"):
+        refused(absent)
+    assert not absent.path.parent.exists()
+
+
+def test_another_launcher_s_run_is_not_rolled_back(run):
+    with run.locked():
+        other = RunDirectory(run.path)
+        with pytest.raises(RunHeldError), other.locked_or_rolled_back():
+            pytest.fail("it is held")
+    assert run.plan() is not None
+
+
+def test_ctrl_c_rolls_nothing_back_since_a_job_may_have_been_submitted(run):
+    def interrupted() -> None:
+        with run.locked_or_rolled_back():
+            run.write_result({"status": "stopped"})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert run.result() == {"status": "stopped"}
