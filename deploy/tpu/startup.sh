@@ -9,8 +9,8 @@ metadata=${METADATA:-http://metadata.google.internal}/computeMetadata/v1/instanc
 api=${TPU_API:-https://tpu.googleapis.com}/v2
 alive=${ALIVE:-/run/podlaunch/alive}
 hugepages=${HUGEPAGES:-/sys/kernel/mm/transparent_hugepage/enabled}
-step=${STEP_SECONDS:-10}   # between two looks
-again=${AGAIN_SECONDS:-60} # between two deletions
+step=10  # seconds between two looks
+again=60 # seconds between two deletions
 max_tries=${MAX_TRIES:-30}
 
 get() { curl -fsS --retry 5 --retry-delay 1 --retry-connrefused --max-time 30 -H 'Metadata-Flavor: Google' "$metadata/$1"; }
