@@ -54,7 +54,7 @@ test-fast: $(READY)
 
 # They wait much, so more of them than there are cores; the tests of a file share what they have raised and trained.
 test-clusters: $(READY) testbed compilers
-	$(BIN)/pytest -m cluster --numprocesses 3 --dist loadfile
+	$(BIN)/pytest -m cluster --numprocesses 4 --dist loadfile
 
 # Not part of `make test`, which rehearses them on the CPU. jax for CUDA is not among the locked packages.
 test-gpu: $(READY)

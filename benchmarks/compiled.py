@@ -142,7 +142,7 @@ def compiled_programs(cluster: str, recipe: Path, overrides: list[str]) -> Itera
 
     root = "gs://bucket/runs" if cluster.startswith("tpu") else "runs"
     plan = make_plan(
-        load(recipe, overrides),
+        load(recipe, ["data.source=synthetic", *overrides]),  # no data is read
         resolve(cluster),
         name="compiled",
         root=root,

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from configs.clusters import TpuCluster
@@ -62,8 +62,15 @@ def resolve(plan: Plan) -> Plan:
     )
     # The hosts have a Python of their own, which preflight compares among them.
     provenance = {key: value for key, value in plan.provenance.items() if key not in ("python", "packages")}
-    provenance["code"] = shipping.CodeArchive(shipping.pack(cluster.max_code_mib)).provenance
+    provenance["code"] = _code(cluster.max_code_mib)[1].provenance
     return dataclasses.replace(plan, submission=resolved.model_dump(mode="json"), provenance=provenance)
+
+
+@cache
+def _code(max_code_mib: float) -> tuple[bytes, shipping.CodeArchive]:
+    """The code for the hosts, packed once: what the plan names is what is sent."""
+    packed = shipping.pack(max_code_mib)
+    return packed, shipping.CodeArchive(packed)
 
 
 def render(plan: Plan) -> str:
@@ -169,8 +176,8 @@ def estimate(plan: Plan) -> str:
 
 def acquire(plan: Plan, run: RunDirectory) -> None:
     cluster, rental = _cluster(plan), _rental(plan, run)
-    packed = shipping.pack(cluster.max_code_mib)
-    if cluster.python is None and not shipping.CodeArchive(packed).has_environment:
+    packed, code = _code(cluster.max_code_mib)
+    if cluster.python is None and not code.has_environment:
         raise UserError(
             f"the code in {shipping.HOME} has no {shipping.LOCK} from which to build a Python environment on the VMs: launch from a "
             "checkout, or set the cluster's python to one that has podlaunch's packages"

@@ -79,7 +79,7 @@ class CodeArchive:
         """SHA-256 by path."""
         return {name: hashlib.sha256(content).hexdigest() for name, (_, content) in self._contents.items()}
 
-    @property
+    @cached_property
     def provenance(self) -> str:
         """The digest of the code, as a host that has these files computes it."""
         return digest({name: content for name, (_, content) in self._contents.items()})
