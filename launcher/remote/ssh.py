@@ -200,11 +200,12 @@ def public_key(cluster: TpuCluster) -> str:
 
 def _tunnel(cluster: TpuCluster) -> str:
     """The proxy command for Identity-Aware Proxy (https://cloud.google.com/iap/docs/using-tcp-forwarding)."""
-    return shlex.join([
-        "gcloud", "compute", "start-iap-tunnel", "%h", "%p", "--listen-on-stdin", f"--project={cluster.project}",
-        f"--region={''.join(cluster.zones[:1]).rpartition('-')[0]}", f"--network={cluster.network or 'default'}",
-        f"--dest-group={cluster.iap_group}",
+    settings = shlex.join([
+        f"--project={cluster.project}", f"--region={''.join(cluster.zones[:1]).rpartition('-')[0]}",
+        f"--network={cluster.network or 'default'}", f"--dest-group={cluster.iap_group}",
     ])  # fmt: skip
+    # ssh would put another setting, such as the user's name for %r, unquoted into what it has a shell execute.
+    return f"gcloud compute start-iap-tunnel %h %p --listen-on-stdin {settings.replace('%', '%%')}"
 
 
 def last_lines(stderr: bytes, count: int = 1) -> list[str]:

@@ -106,9 +106,9 @@ def test_way_to_the_hosts_in_a_bucket_runs_no_command_but_gclouds(launched, gcs,
     gcloud.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"{arguments}"\n')
     gcloud.chmod(0o700)
     monkeypatch.setenv("PATH", f"{gcloud.parent}:{os.environ['PATH']}")
-    change(gcs, {"reach": "iap", "iap_group": f"$(touch {theirs})", "network": f"x; touch {theirs}"})
+    change(gcs, {"reach": "iap", "iap_group": f"$(touch {theirs})%r", "network": f"x; touch {theirs}"})
     assert launch("ssh", NAME, "--yes", "true").exit_code == 255
-    assert {f"--network=x; touch {theirs}", f"--dest-group=$(touch {theirs})"} <= set(
+    assert {f"--network=x; touch {theirs}", f"--dest-group=$(touch {theirs})%r"} <= set(
         arguments.read_text().splitlines()
     )
     assert not theirs.exists()
