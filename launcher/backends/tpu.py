@@ -184,15 +184,17 @@ def acquire(plan: Plan, run: RunDirectory) -> None:
         )
     # Before the request, since a launcher that comes after this one needs it.
     run.write_code(packed)
+    rental.withdraw_elsewhere()
     if cluster.tpu:
         return
-    rental.withdraw_elsewhere()
     request = _request(plan, _key(cluster), cluster.provisioning, cluster.valid_until_hours)
     conditions = rental.conditions()
     existing = [zone for zone, condition in conditions.items() if condition.status not in GONE]
     for zone in existing:
-        if (known := rental.requested(zone)) is None or known.kept:
+        if (known := rental.requested(zone)) is None:
             rental.record(zone, request)
+        elif known.kept:
+            rental.take_back(known)
     if not existing:
         run.resources.write_waiting_since(None)  # the user's limit begins anew
         _request_everywhere(rental, request)
@@ -221,16 +223,17 @@ def release(
     plan: Plan, run: RunDirectory, announce: Callable[[str], None], give_up: threading.Event
 ) -> Released:
     cluster, rental = _cluster(plan), _rental(plan, run)
-    if cluster.tpu:
-        return Released(f"left as it was: {rental.name}")
-    if cluster.keep and (kept := rental.keep()):
-        until = f"it costs money until `launch gc --delete {rental.name}`"
-        return Released(f"kept        {describe_rented(kept)}: {until}")
+    kept = rental.keep() if cluster.keep and not cluster.tpu else []
     if left := rental.release(announce, give_up):
         again = f"`launch attach {run.name}` tries again"
         return Released(
             f"not deleted {describe_rented(left)}: IT STILL COSTS MONEY; {again}", costs_money=True
         )
+    if cluster.tpu:
+        return Released(f"left as it was: {rental.name}")
+    if kept:
+        until = f"it costs money until `launch gc --delete {rental.name}`"
+        return Released(f"kept        {describe_rented(kept)}: {until}")
     return Released(f"deleted     {rental.name}")
 
 

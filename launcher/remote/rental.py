@@ -126,18 +126,32 @@ class Rental:
     # How it ends
 
     def keep(self) -> list[Rented]:
-        """Record that the user keeps what there is."""
+        """Record that the user keeps what was granted, not what would be granted to nobody."""
         for rented in self.run.resources.left_behind():
-            self.run.resources.write(replace(rented, kept=True))
-        return self.run.resources.unreleased()
+            if rented.granted:
+                self.run.resources.write(replace(rented, kept=True))
+        return [rented for rented in self.run.resources.unreleased() if rented.kept]
+
+    def take_back(self, kept: Rented) -> None:
+        """Record that what an earlier launch has kept is this one's to release."""
+        self.run.resources.write(replace(kept, kept=False))
 
     def release(self, announce: Callable[[str], None], give_up: threading.Event) -> list[Rented]:
         """Delete what the run rents and nobody keeps, trying for long; what may still exist after all tries."""
+        self._record_unknown()
         for rented in self.run.resources.left_behind():
             delete = partial(self._delete, *rented.key)
             if delete_for_long(delete, rented.name, announce, give_up, self._is_lost):
                 self.run.resources.release(rented)
         return self.run.resources.left_behind()
+
+    def _record_unknown(self) -> None:
+        """Record where the machines may be, if no record says anything of it: those of an earlier podlaunch had none."""
+        known = {rented.key for rented in self.run.resources.all()}
+        for zone in self.zones if self.is_ours else ():
+            if (self.project, zone, self.name) not in known:
+                rented = Rented(self.project, zone, self.name, "unknown", "unknown", requested=time.time())
+                self.run.resources.write(rented)
 
     def _is_lost(self) -> bool:
         """Another launcher has taken over the run, and may have rented machines of the same name by now."""

@@ -391,13 +391,46 @@ def test_gc_records_what_it_deletes(ended):
     assert ended.is_deleted()
 
 
+def test_a_slice_without_a_record_is_deleted_at_the_end_of_its_run(ended):
+    ended.run.resources.forget()  # as an earlier podlaunch left it
+    released = tpu.release(ended.plan, ended.run, print, threading.Event())
+    assert (released.costs_money, released.sentence) == (False, f"deleted     {ended.name}")
+    assert ended.is_deleted()
+
+
+@pytest.mark.parametrize("settings", [{"tpu": "mine"}, {"tpu": "mine", "keep": True}])
+def test_what_an_earlier_launch_left_is_deleted_by_one_that_uses_an_existing_tpu(ended, settings):
+    plan = replace(ended.plan, submission={**ended.plan.submission, **settings})
+    released = tpu.release(plan, ended.run, print, threading.Event())
+    assert (released.costs_money, released.sentence) == (False, "left as it was: mine")
+    assert ended.is_deleted()
+
+
+def test_a_launch_on_an_existing_tpu_begins_by_deleting_what_an_earlier_one_left(ended):
+    tpu.acquire(replace(ended.plan, submission={**ended.plan.submission, "tpu": "mine"}), ended.run)
+    assert ended.is_deleted()
+
+
+def test_a_request_that_was_not_granted_is_not_kept(ended):
+    plan = replace(ended.plan, submission={**ended.plan.submission, "keep": True})
+    released = tpu.release(plan, ended.run, print, threading.Event())
+    assert released.sentence == f"deleted     {ended.name}"
+    assert ended.is_deleted()
+
+
 def test_a_kept_slice_is_no_error_and_is_shown_until_it_is_deleted(ended):
+    tpu._rental(ended.plan, ended.run).grant(ZONE)
     plan = replace(ended.plan, submission={**ended.plan.submission, "keep": True})
     released = tpu.release(plan, ended.run, print, threading.Event())
     assert (released.costs_money, released.sentence.split()[0]) == (False, "kept")
     attached = ended.command("attach")
     assert (attached.exit_code, len(ended.api.queued_resources)) == (0, 1)
     assert "still costs money, until `launch gc --delete" in ended.command("status").stdout
+    tpu.acquire(plan, ended.run)
+    (taken,) = ended.run.resources.left_behind()
+    assert taken.granted  # so that it is kept once more, whenever this launch ends
+    tpu.release(plan, ended.run, print, threading.Event())
+    assert len(ended.api.queued_resources) == 1
     assert CliRunner().invoke(main, ["gc", "--delete", "--yes", ended.name]).exit_code == 0
     assert "costs money" not in ended.command("status").stdout
 
