@@ -176,11 +176,11 @@ class _Wait:
 
     def _request(self, zone: str, condition: Condition) -> None:
         rental, state = self._rental, self._zones[zone]
-        if condition.status != "absent":
-            rental.withdraw(zone)
-        self._attempt.check_stopped()  # the deletion may have taken minutes
-        hours = self._cluster.valid_until_hours - self._waited_hours()
         try:
+            if condition.status != "absent":
+                rental.withdraw(zone)
+            self._attempt.check_stopped()  # the deletion may have taken minutes
+            hours = self._cluster.valid_until_hours - self._waited_hours()
             rental.request(zone, self._hosts.request(self._provisioning(), hours))
             state.refused = ""
         except UserError as e:  # others may use up a quota for now, and the user may stop the run

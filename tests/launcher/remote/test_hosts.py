@@ -214,6 +214,19 @@ def test_a_zone_that_refuses_the_request_does_not_hold_up_the_other(api, wait):
     assert len(started.end().machines) == 4
 
 
+def test_a_zone_that_refuses_a_deletion_does_not_hold_up_the_other(api, wait):
+    api.creation_fails(NO_CAPACITY, zone=A)
+    api.fail_next(400, "an operation is in progress", method="queuedResources.delete", times=10_000)
+    api.held_zones = {B}
+    started = wait(A, B)
+    started.phase(f"{A}: refused, trying again: ")
+    del api.queued_resources[next(name for name in api.queued_resources if B in name)]  # by other means
+    until(lambda: num_requests(api) == 3)
+    api.forgive()
+    api.release()
+    assert len(started.end().machines) == 4
+
+
 def test_hosts_that_are_taken_away_are_asked_for_in_all_zones_again(api, wait):
     first = wait(A, B).end()
     zone = first.rental.granted_zone()
