@@ -304,7 +304,8 @@ def _cluster(plan: Plan) -> TpuCluster:
 
 def _rental(plan: Plan, run: RunDirectory) -> Rental:
     cluster = _cluster(plan)
-    assert cluster.project is not None
+    if not (cluster.project and cluster.zones):  # `resolve` fills both in, but others may write to the bucket
+        raise UserError(f"the plan of run {run.name} has no project or no zone; `launch` the run anew")
     return Rental(run, _name(plan), cluster.project, cluster.zones, CloudTpu, is_ours=cluster.tpu is None)
 
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from configs.errors import UserError
 from launcher.rundir.storage import Files
 
 FILE = "resources.json"
@@ -46,8 +47,14 @@ class Resources:
         return [rented for rented in self.unreleased() if not rented.kept]
 
     def all(self) -> list[Rented]:
-        """The newest request of each name in each zone."""
-        return [Rented(**fields) for fields in self._content().get("rented", [])]
+        """The newest request of each name in each zone. Raises UserError where the file has anything else."""
+        try:
+            return [Rented(**fields) for fields in self._content().get("rented", [])]
+        except (ValueError, TypeError, AttributeError) as e:
+            raise UserError(
+                f"{self._files.location}/{FILE} is not as podlaunch wrote it ({e}): delete the file, and, with `launch gc "
+                "--delete`, what the run still rents"
+            ) from None
 
     def write(self, rented: Rented) -> None:
         """Add a request, or replace the record of an earlier one of the same name."""

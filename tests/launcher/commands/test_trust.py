@@ -202,6 +202,21 @@ def test_plan_that_is_none_of_a_run_on_cloud_tpu_is_refused(launched, gcs, comma
     assert words in result.stderr
 
 
+@pytest.mark.parametrize("key", ["project", "zone"])
+def test_plan_that_does_not_say_where_its_hosts_are_is_refused(launched, gcs, key):
+    change(gcs, {key: None})
+    refused = launch("status", NAME)
+    assert (refused.exit_code, "has no project or no zone" in refused.stderr) == (2, True), refused.output
+
+
+@pytest.mark.parametrize("text", ["", "x", "[]", '{"rented": 5}', '{"rented": [{"a": 1}]}'])
+def test_records_of_rented_hosts_that_are_none_are_told_in_one_line(launched, gcs, text):
+    gcs.put(f"runs/{NAME}/resources.json", text.encode())
+    shown = launch("status", NAME)
+    assert isinstance(shown.exception, SystemExit | None), repr(shown.exception)
+    assert ("resources.json is not as podlaunch wrote it" in shown.output) == bool(text)
+
+
 @pytest.mark.parametrize(("section", "key"), [("checkpoint", "directory"), ("log", "tensorboard")])
 def test_folders_of_this_machine_are_not_written_for_a_plan(launched, gcs, laptop, section, key):
     config = launched.config | {section: launched.config[section] | {key: str(laptop / "x")}}
