@@ -77,6 +77,13 @@ def _variables(variables: Names) -> Names:
     return variables
 
 
+def _secrets(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in _variables(names):
+        if name == "PYTHONPATH" or name.startswith("LAUNCH_"):
+            raise ValueError(f"{name} is set by podlaunch; leave it out")
+    return names
+
+
 def _labels(labels: dict[str, str]) -> dict[str, str]:
     # Google's rules for labels: https://cloud.google.com/compute/docs/labeling-resources#requirements
     for key, value in labels.items():
@@ -236,7 +243,7 @@ class TpuCluster(Section):
     """Hours to wait for the chips, over all requests of one wait."""
     on_demand_after_hours: PositiveFloat | None = None
     """With `provisioning: spot`: hours of waiting after which on-demand chips are requested; null: never."""
-    idle_minutes: Annotated[float, Field(ge=5)] | None = 60.0
+    idle_minutes: Annotated[float, Field(ge=20)] | None = 60.0
     """Minutes without a worker or launcher after which the TPUs delete themselves; null: never, as with `keep`."""
     reach: Literal["external", "internal", "iap"] = "external"
     """How ssh reaches the VMs: by their external addresses, by their internal addresses, or through the tunnel
@@ -257,7 +264,7 @@ class TpuCluster(Section):
     """Folder, under gs:// or https://, from which the VMs get the Python of that environment; null: GitHub."""
     environment: Variables = Field(default_factory=dict)
     """Variables of the workers. The plan contains their values: use `secrets` for secrets."""
-    secrets: Annotated[tuple[str, ...], AfterValidator(_variables), from_list] = ()
+    secrets: Annotated[tuple[str, ...], AfterValidator(_secrets), from_list] = ()
     """Names of variables that the workers get from the environment of `launch`. Their values are never
     stored."""
     keep: bool = False

@@ -146,9 +146,11 @@ class _Wait:
 
     def _check_limit(self, conditions: dict[str, Condition]) -> None:
         """Raises HostError where a request failed by the user's mistake, or the user's limit is reached."""
-        for zone, condition in conditions.items():
-            if condition.status == "invalid" and self._rental.requested(zone):
-                raise HostError(0, self._rental.name, f"in {zone} it is {condition}", is_users=True)
+        # What is refused in one zone, such as a quota that others use up, may be granted in another.
+        refused = [z for z, c in conditions.items() if c.status == "invalid" and self._rental.requested(z)]
+        if len(refused) == len(conditions):
+            zone = refused[0]
+            raise HostError(0, self._rental.name, f"in {zone} it is {conditions[zone]}", is_users=True)
         limit = self._cluster.valid_until_hours
         if self._waited_hours() >= limit:
             losses = {zone: self._zones[zone].why_lost or c.detail for zone, c in conditions.items()}

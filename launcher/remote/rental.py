@@ -6,6 +6,7 @@ All that creates or deletes machines of a run goes through here; backends/tpu.py
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 
@@ -77,7 +78,10 @@ class Rental:
         try:
             self.provider(zone).create(request)
         except UserError:
-            self.run.resources.release(rented)
+            # It may have been accepted all the same, as where its answer was lost and the repetition was refused.
+            with suppress(UserError, UnreachableError):
+                if self.provider(zone).condition(self.name).owner != run_id(self.run.location):
+                    self.run.resources.release(rented)
             raise
 
     def record(self, zone: str, request: Request) -> Rented:

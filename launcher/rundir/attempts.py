@@ -1,11 +1,12 @@
 """The attempts of a run: the ledger of those that ended, and where each one began."""
 
 import json
+import re
 import time
 from contextlib import suppress
 from typing import Any
 
-from launcher.rundir.storage import Files
+from launcher.rundir.storage import Files, read_object
 
 LEDGER = "attempts.jsonl"
 
@@ -22,7 +23,9 @@ class Attempts:
         # Not splitlines: a record may hold other characters that end a line.
         for line in (self._files.read(LEDGER) or "").split("\n"):
             with suppress(json.JSONDecodeError):  # a crash may have cut the line
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if isinstance(record, dict) and "attempt" in record:
+                    records.append(record)
         return records
 
     def of_launch(self) -> list[dict[str, Any]]:
@@ -39,8 +42,8 @@ class Attempts:
 
     def last(self) -> int:
         """Number of the newest attempt, 0 before the first."""
-        folders = [name for name in self._files.names("logs") if name.startswith("attempt-")]
-        return max((int(name.removeprefix("attempt-")) for name in folders), default=0)
+        found = (re.fullmatch(r"attempt-(\d{1,9})", name) for name in self._files.names("logs"))
+        return max((int(match[1]) for match in found if match), default=0)
 
     def begin(self, info: dict[str, Any]) -> int:
         """Number of the next attempt; the reports and the result of the one before are cleared."""
@@ -57,7 +60,7 @@ class Attempts:
 
     def info(self, attempt: int) -> dict[str, Any]:
         """Cluster, mesh and job of an attempt, and when it began; empty where there is no such attempt."""
-        return json.loads(self._files.read(f"logs/attempt-{attempt}/attempt.json") or "{}")
+        return read_object(self._files, f"logs/attempt-{attempt}/attempt.json")
 
     def write_info(self, attempt: int, info: dict[str, Any]) -> None:
         self._files.write(f"logs/attempt-{attempt}/attempt.json", json.dumps(info))

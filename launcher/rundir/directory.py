@@ -184,8 +184,7 @@ class RunDirectory:
         self.attempts.begin_launch()
 
     def result(self) -> dict[str, Any] | None:
-        text = self._files.read("result.json")
-        return json.loads(text) if text else None
+        return storage.read_object(self._files, "result.json") or None
 
     def write_result(self, result: dict[str, Any]) -> None:
         self._files.write("result.json", json.dumps(result, indent=2, ensure_ascii=False))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.rundir.storage import Files
+from launcher.rundir.storage import Files, read_object
 
 
 class HostFiles:
@@ -15,7 +15,7 @@ class HostFiles:
 
     def report(self, process: int) -> dict[str, Any]:
         """The newest report of one process of the current attempt, empty before its first."""
-        return json.loads(self._files.read(f"hosts/{process}.json") or "{}")
+        return read_object(self._files, f"hosts/{process}.json")
 
     def write_report(self, process: int, report: dict[str, Any]) -> None:
         self._files.write(f"hosts/{process}.json", json.dumps(report))

@@ -6,6 +6,7 @@ gs:// by a lease.
 
 import errno
 import fcntl
+import json
 import re
 import shutil
 import time
@@ -63,6 +64,18 @@ class Files(Protocol):
 
     def is_lost(self, *, refresh: bool = False) -> bool:
         """Whether another launcher has taken the run over from this one; `refresh`: ask anew, not by the last renewal."""
+
+
+def read_object(files: Files, name: str) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is no such file. Raises UserError where it is something else."""
+    text = files.read(name)
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{files.location}/{name} is not what podlaunch writes: {text!r:.80}; delete it, or the run")
+    return value
 
 
 def open_files(location: str) -> Files:

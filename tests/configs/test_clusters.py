@@ -83,7 +83,8 @@ def test_the_file_of_the_folder_goes_before_the_users_own(write):
             "{accelerator: v4-8, provisioning: spot, on_demand_after_hours: 24}",
             "a.on_demand_after_hours must be below valid_until_hours",
         ),
-        ("{accelerator: v4-8, idle_minutes: 1}", "a.idle_minutes = 1: must be at least 5"),
+        ("{accelerator: v4-8, secrets: [PYTHONPATH]}", "PYTHONPATH is set by podlaunch"),
+        ("{accelerator: v4-8, idle_minutes: 1}", "a.idle_minutes = 1: must be at least 20"),
     ],
 )
 def test_mistakes_are_told_at_their_line(write, entry, message):

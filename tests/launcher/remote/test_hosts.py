@@ -204,6 +204,16 @@ def test_a_zone_without_capacity_does_not_hold_up_the_other(api, wait):
     assert (started.end().rental.granted_zone(), zones_of(api)) == (B, [B])
 
 
+def test_a_request_that_fails_for_good_in_one_zone_does_not_end_the_wait_in_the_other(api, wait):
+    api.creation_fails("Quota limit has been exceeded", code=8, times=10_000, zone=A)
+    api.held_zones = {B}
+    started = wait(A, B)
+    until(lambda: num_requests(api) > 3)
+    api.held_zones = set()
+    api.release()
+    assert (started.end().rental.granted_zone(), zones_of(api)) == (B, [B])
+
+
 def test_a_zone_that_refuses_the_request_does_not_hold_up_the_other(api, wait):
     api.fail_next(429, "Quota limit 'V6E' has been exceeded", method="queuedResources.create")
     api.held_zones = {A, B}
