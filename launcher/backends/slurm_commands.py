@@ -34,7 +34,7 @@ def run_until_reachable(*command: str, timeout_seconds: float = CONTROLLER_TIMEO
     deadline = time.monotonic() + timeout_seconds
     while True:
         done = run(*command)
-        is_out_of_reach = done.returncode and re.search(r"contact|connect|timed out", done.stderr, re.I)
+        is_out_of_reach = done.returncode and re.search(r"contact|connect|timed out|zero bytes", done.stderr, re.I)
         if not is_out_of_reach or time.monotonic() > deadline:
             return done
         time.sleep(RETRY_SECONDS)

@@ -1,6 +1,7 @@
 """How the gang of a SLURM step reads srun's messages, with a script in place of srun."""
 
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +84,15 @@ def test_srun_that_would_refuse_again_is_a_mistake_of_the_user(exits_of, line):
     assert (first.code, first.cause, first.error) == (2, "srun failed", line)
 
 
-def test_srun_waits_for_a_controller_that_is_down(exits_of, tmp_path):
-    down = "srun: error: Unable to confirm allocation for job 12: Unable to contact slurm controller"
+@pytest.mark.parametrize(
+    "down",
+    [
+        "srun: error: Unable to confirm allocation for job 12: Unable to contact slurm controller",
+        # It ended while it was asked.
+        "srun: error: Unable to create step for job 12: Zero Bytes were transmitted or received",
+    ],
+)
+def test_srun_waits_for_a_controller_that_is_down(exits_of, tmp_path, down):
     busy = "srun: error: Unable to create step for job 12: Requested nodes are busy"
     calls = tmp_path / "calls"
     script = f"""
@@ -98,6 +106,36 @@ echo '{{"process": 1, "host": "n2", "step": "12.0", "exit": 0, "error": ""}}'
 """
     assert exits_of(script) == [Exit(0, 0, "n1"), Exit(1, 0, "n2")]
     assert len(calls.read_text().splitlines()) == 3
+
+
+def test_stop_between_two_tries_of_srun_reaches_the_hosts(fake_command, planned, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    run = RunDirectory(tmp_path / "runs" / "quickstart")
+    run.attempts.begin({})
+    fake_command(
+        "srun",
+        f"""
+[ -e {tmp_path}/called ] || {{ touch {tmp_path}/called; echo 'srun: error: Unable to contact slurm controller' >&2; exit 1; }}
+read -r command
+echo '{{"process": 0, "host": "n1", "step": "12.0", "exit": 75, "error": "'$command'"}}'
+""",
+    )
+    made, gangs = threading.Event(), []
+
+    def stop_meanwhile(seconds: float) -> None:
+        made.wait()
+        gangs[0].request_stop()
+
+    monkeypatch.setattr("launcher.backends.srun.time.sleep", stop_meanwhile)
+    gangs.append(SrunGang(replace(planned(), hosts=1, processes=1, run_directory=str(run.path)), run, 1))
+    made.set()
+    deadline, exits = time.monotonic() + 60, []
+    while not exits:
+        exits = gangs[0].poll(0.1)
+        if time.monotonic() > deadline:
+            gangs[0].kill()
+            pytest.fail("the hosts were not told")
+    assert exits == [Exit(0, 75, "n1", "", "stop")]
 
 
 def test_process_that_ran_out_of_memory_is_told_so(exits_of):
