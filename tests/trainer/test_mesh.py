@@ -56,7 +56,10 @@ def tpus(num_slices: int, *topology: int, kind: str = "TPU v4") -> list[Device]:
         (gpus(64, 8), 2),
         (gpus(3, 6), 3),
         (gpus(5, 1), 1),
-        ([*gpus(1, 12), *(Device(n, n // 4, 1) for n in range(12, 20))], 4),  # three nodes of a rack, and two of another
+        (
+            [*gpus(1, 12), *(Device(n, n // 4, 1) for n in range(12, 20))],
+            4,
+        ),  # three nodes of a rack, and two of another
         (tpus(1, 2, 2, 4), 4),
         (tpus(2, 2, 2, 4), 1),
         (tpus(2, 2, 2, 4), 16),

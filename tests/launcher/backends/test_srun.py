@@ -175,15 +175,36 @@ def failed_twice(fake_command, planned, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("nodes", "job", "excluded"),
     [
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "", ["n2"]),
-        ("n1|mixed|a\\nn2|mixed|a\\n", "", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|down*|a\\n", "", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|drained|a\\n", "", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "ExcNodeList=n3", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "ReqNodeList=n1,n2", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|b\\n", "Features=a", []),
-        ("n1|mixed|a,b\\nn2|mixed|a\\nn3|idle|b,a\\n", "Features=a&b", ["n2"]),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "BatchFlag=0", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|gpu:2\\n", "", ["n2"]),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\n", "", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|down*|a|8|4000|gpu:2\\n", "", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|drained|a|8|4000|gpu:2\\n", "", []),
+        (
+            "n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|gpu:2\\n",
+            "ExcNodeList=n3",
+            [],
+        ),
+        (
+            "n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|gpu:2\\n",
+            "ReqNodeList=n1,n2",
+            [],
+        ),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|b|8|4000|gpu:2\\n", "Features=a", []),
+        (
+            "n1|mixed|a,b|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|b,a|8|4000|gpu:2\\n",
+            "Features=a&b",
+            ["n2"],
+        ),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|gpu:2\\n", "BatchFlag=0", []),
+        (
+            "n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2(S:0)\\nn3|idle|a|16|4000|gpu:2(S:1)\\n",
+            "",
+            ["n2"],
+        ),
+        # Of another kind, as in a partition of all nodes.
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|(null)\\n", "", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|4|4000|gpu:2\\n", "", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|2000|gpu:2\\n", "", []),
     ],
 )
 def test_node_is_excluded_only_where_enough_others_are_left(failed_twice, nodes, job, excluded):
