@@ -143,7 +143,7 @@ def _job(run: RunDirectory) -> str | None:
 
 def _find_job(run: RunDirectory) -> str | None:
     """The job that was submitted with the script of a run; None where there is none."""
-    file = Path(_script_file(str(run.path)))
+    file = Path(_script_file(str(run.path.absolute())))  # as in the plan, by which it was submitted
     if not file.exists() or not shutil.which("squeue"):
         return None
     done = commands.run("squeue", "--noheader", f"--user={file.stat().st_uid}", "--format=%i %o")

@@ -11,7 +11,7 @@ import pytest
 from configs.errors import UserError
 from launcher.backends import slurm
 from launcher.backends.srun import SrunGang
-from launcher.gang import Exit
+from launcher.gang import Exit, State
 from launcher.rundir import RunDirectory
 
 
@@ -148,6 +148,20 @@ def test_srun_gets_no_options_from_around_the_job(exits_of, monkeypatch, tmp_pat
     exits_of(f"env >{tmp_path}/environment; exit 1")
     names = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
     assert {name for name in names if name.startswith("SLURM_")} == {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"}
+
+
+def test_job_of_a_launcher_that_was_killed_is_found_from_the_folder_of_the_root(
+    fake_command, tmp_path, monkeypatch
+):
+    path = tmp_path / "runs" / "mine"
+    run = RunDirectory(path)
+    run.begin_launch(None)
+    (path / "job.sbatch").touch()
+    fake_command(
+        "squeue", f'case "$*" in *%i*) echo "7 {path}/job.sbatch" ;; *) echo "PENDING|None|N/A|" ;; esac'
+    )
+    monkeypatch.chdir(tmp_path)
+    assert slurm.state(RunDirectory(Path("runs/mine"))) == State("queued", "job 7")
 
 
 @pytest.fixture
