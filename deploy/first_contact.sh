@@ -7,10 +7,10 @@
 # The arguments are a cluster of `launch`, and options of `launch` for every run. On Cloud TPU a slice is created,
 # which costs money, and deleted at the end. FIRST_CONTACT_RECIPE and FIRST_CONTACT_BATCH (images a device) replace
 # r50 and 128. Everything that is printed is also in the folder that the last line names.
-set -uo pipefail
+set -o pipefail # without -u, of which macOS's bash 3.2 has empty arrays fail
 
 if [ $# -eq 0 ]; then
-  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" >&2
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0" >&2
   exit 2
 fi
 cluster=$1

@@ -26,13 +26,14 @@ def make_mesh(batch: int, model: int, devices: Sequence[jax.Device] | None = Non
     fast interconnect joins: a TPU slice, the GPUs of a node or of an NVLink domain, the CPU devices of a host. Within
     a TPU slice the devices are laid along its torus, elsewhere by process and id, and GPUs by id alone, since XLA
     numbers them along their nodes.
-    Raises UserError where `model` does not divide the devices of a slice, or where slices are unequal.
+    Slices may be unequal, as where SLURM gives five nodes of two racks. Raises UserError where `model` does not divide
+    the devices of every slice.
     """
     by_slice: dict[int, list[jax.Device]] = {}
     for device in sorted(devices or jax.devices(), key=lambda d: (_slice_index(d), d.process_index, d.id)):
         by_slice.setdefault(_slice_index(device), []).append(device)
     sizes = sorted({len(of_slice) for of_slice in by_slice.values()})
-    if len(sizes) > 1 or sizes[0] % model:
+    if any(size % model for size in sizes):
         raise UserError(
             f"mesh.model = {model}: the run has {len(by_slice)} slices (hosts with an interconnect of their own) of "
             f"{' or '.join(map(str, sizes))} devices, and each must be a whole number of model axes; use a mesh.model "

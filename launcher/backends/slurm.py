@@ -143,7 +143,7 @@ def _job(run: RunDirectory) -> str | None:
 
 def _find_job(run: RunDirectory) -> str | None:
     """The job that was submitted with the script of a run; None where there is none."""
-    file = Path(_script_file(str(run.path)))
+    file = Path(_script_file(str(run.path.absolute())))  # as in the plan, by which it was submitted
     if not file.exists() or not shutil.which("squeue"):
         return None
     done = commands.run("squeue", "--noheader", f"--user={file.stat().st_uid}", "--format=%i %o")
@@ -153,7 +153,7 @@ def _find_job(run: RunDirectory) -> str | None:
 
 def _check_partition(name: str, cluster: SlurmCluster) -> None:
     """Raises UserError for a job that sbatch would accept and SLURM never start."""
-    lines = commands.run("sinfo", "--noheader", "--format=%P|%D|%l|%L").stdout.splitlines()
+    lines = commands.run("sinfo", "--noheader", "--format=%P|%D|%l|%L|%s").stdout.splitlines()
     wanted = str(cluster.sbatch.get("partition", cluster.partition or "")).split(",")
     rows = [line.split("|") for line in lines]
     if wanted == [""]:
@@ -162,7 +162,7 @@ def _check_partition(name: str, cluster: SlurmCluster) -> None:
         rows = [row for row in rows if row[0].rstrip("*") in wanted]
     if not rows:
         return  # sbatch explains it better
-    partitions, nodes, limits, defaults = zip(*rows, strict=True)
+    partitions, nodes, limits, defaults, sizes = zip(*rows, strict=True)
     names = ", ".join(dict.fromkeys(partition.rstrip("*") for partition in partitions))
     # A partition with unequal nodes has several lines.
     counts: Counter[str] = Counter()
@@ -172,6 +172,13 @@ def _check_partition(name: str, cluster: SlurmCluster) -> None:
     if cluster.nodes > num_nodes:
         raise UserError(
             f"cluster = {name}: {cluster.nodes} nodes, but partition {names} has {num_nodes}; ask for at most {num_nodes}"
+        )
+    # `1-infinite`, `1-8` or `1`
+    largest = [size.rpartition("-")[2] for size in sizes]
+    if all(size.isdecimal() and cluster.nodes > int(size) for size in largest):
+        raise UserError(
+            f"cluster = {name}: {cluster.nodes} nodes, but a job of partition {names} may have {', '.join(largest)}; "
+            "ask for that at most"
         )
     limit = max(map(commands.limit_seconds, limits))
     if cluster.time and seconds(cluster.time) > limit:
@@ -307,7 +314,7 @@ def _can_exclude(plan: Plan, nodes: list[str]) -> bool:
         return False
     if set(nodes) & set(commands.node_list(fields.get("ReqNodeList"))):
         return False
-    left = commands.usable_nodes(fields.get("Partition", ""), fields.get("Features", ""))
+    left = commands.usable_nodes(fields.get("Partition", ""), fields.get("Features", ""), like=nodes[0])
     return len(left - {*nodes, *commands.node_list(fields.get("ExcNodeList"))}) >= plan.hosts
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from configs.clusters import seconds
 from configs.errors import UserError
@@ -34,7 +34,9 @@ def run_until_reachable(*command: str, timeout_seconds: float = CONTROLLER_TIMEO
     deadline = time.monotonic() + timeout_seconds
     while True:
         done = run(*command)
-        is_out_of_reach = done.returncode and re.search(r"contact|connect|timed out", done.stderr, re.I)
+        is_out_of_reach = done.returncode and re.search(
+            r"contact|connect|timed out|zero bytes", done.stderr, re.I
+        )
         if not is_out_of_reach or time.monotonic() > deadline:
             return done
         time.sleep(RETRY_SECONDS)
@@ -77,13 +79,29 @@ def node_list(field: str | None) -> list[str]:
     return [] if field in (None, "", "(null)") else hostnames(field)
 
 
-def usable_nodes(partition: str, features: str) -> set[str]:
-    """The nodes of a partition that are up, now free or not; of those with all `features`, where these are plain."""
-    done = run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T|%f")
-    rows = [line.split("|") for line in done.stdout.splitlines()]
+def usable_nodes(partition: str, features: str, like: str) -> set[str]:
+    """The nodes of a partition that are up, now free or not, with all `features`, where these are plain.
+
+    Partitions mix nodes: each has at least the CPUs and the memory of the node `like`, and its generic resources.
+    """
+    done = run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T|%f|%c|%m|%G")
+    rows = {row[0]: row[1:] for line in done.stdout.splitlines() if len(row := line.split("|")) == 6}
     wanted = set(features.split("&")) if re.fullmatch(r"[\w&.-]+", features) else set()
     is_down = re.compile(r"down|drain|fail|unknown|.*\*")
-    return {node for node, state, has in rows if not is_down.match(state) and wanted <= set(has.split(","))}
+    model = _size(rows[like]) if like in rows else (0, 0, "")
+
+    def is_usable(row: Sequence[str]) -> bool:
+        cpus, memory, gres = _size(row)
+        is_like = cpus >= model[0] and memory >= model[1] and gres == model[2]
+        return is_like and not is_down.match(row[0]) and wanted <= set(row[1].split(","))
+
+    return {node for node, row in rows.items() if is_usable(row)}
+
+
+def _size(row: Sequence[str]) -> tuple[int, int, str]:
+    """CPUs, memory and generic resources of a node in a row of sinfo; which sockets the latter are at is left out."""
+    *_, cpus, memory, gres = row
+    return int(cpus), int(memory), re.sub(r"\(S:[^)]*\)", "", gres)
 
 
 def was_requeued(fields: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> bool:

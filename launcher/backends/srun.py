@@ -34,7 +34,7 @@ _NODE = re.compile(r"srun: error: .* failed on node (\S+): (.+)")
 # What srun says of itself. Its hints and the messages of plugins, which follow, are not the cause.
 _ERROR = re.compile(r"srun: (error:|fatal:|unrecognized|invalid|option) .+")
 # The controller does not answer, or has just begun to.
-_NOT_YET = re.compile(r"contact|connect|timed out|nodes are busy|temporarily", re.IGNORECASE)
+_NOT_YET = re.compile(r"contact|connect|timed out|zero bytes|nodes are busy|temporarily", re.IGNORECASE)
 # It would say that again.
 _MISTAKE = re.compile(r"srun: (?!error:)")
 _OUT_OF_MEMORY = "Out Of Memory"
@@ -180,6 +180,8 @@ class SrunGang:
             self._error = ""
             # Right after its start the controller knows no nodes yet, and would keep srun waiting for minutes.
             self._srun = self._start("--immediate=4")
+            if self._stopping:  # the request may have gone to the srun before, which has ended
+                self._send(b"stop\n")
             code = self._run_srun()
         self._reports.put({"ended": code})
 

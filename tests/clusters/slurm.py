@@ -78,7 +78,7 @@ PartitionName=short Nodes=ALL MaxTime=2 PriorityTier=1
 """
 SITE = """\
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-0 DefaultTime=60 MaxNodes=2 PriorityTier=1
-PartitionName=urgent Nodes=ALL MaxTime=10 PriorityTier=10 PreemptMode=OFF
+PartitionName=urgent Nodes=ALL MaxTime=10 MaxNodes=1 PriorityTier=10 PreemptMode=OFF
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost={address}
 AccountingStoragePass={folder}/munge.socket

@@ -172,6 +172,13 @@ def test_heterogeneous_job_is_refused_in_words(site, run):
     assert not run.root.exists()
 
 
+def test_job_larger_than_the_partition_allows_is_refused(site, run):
+    # sbatch would accept it, and it would stay in the queue.
+    text = text_of(run.launch("--sbatch", "partition=urgent", cluster=PAIR), code=2)
+    assert "2 nodes, but a job of partition urgent may have 1; ask for that at most" in text
+    assert not run.path.exists()
+
+
 # The controller
 
 

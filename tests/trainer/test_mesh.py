@@ -56,6 +56,10 @@ def tpus(num_slices: int, *topology: int, kind: str = "TPU v4") -> list[Device]:
         (gpus(64, 8), 2),
         (gpus(3, 6), 3),
         (gpus(5, 1), 1),
+        (
+            [*gpus(1, 12), *(Device(n, n // 4, 1) for n in range(12, 20))],
+            4,
+        ),  # three nodes of a rack, and two of another
         (tpus(1, 2, 2, 4), 4),
         (tpus(2, 2, 2, 4), 1),
         (tpus(2, 2, 2, 4), 16),
@@ -86,7 +90,7 @@ def test_within_a_slice_they_lie_by_process_and_id_but_gpus_as_xla_numbers_them(
     ("devices", "model", "told"),
     [
         (gpus(4, 8), 16, "mesh.model = 16: the run has 4 slices (hosts with an interconnect of their own) of 8 devices"),
-        ([*gpus(1, 8), Device(9, 1, 1)], 1, "2 slices (hosts with an interconnect of their own) of 1 or 8 devices"),
+        ([*gpus(1, 8), Device(9, 1, 1)], 2, "2 slices (hosts with an interconnect of their own) of 1 or 8 devices"),
     ],
 )  # fmt: skip
 def test_a_mesh_that_cannot_be_laid_so_is_refused(devices, model, told):

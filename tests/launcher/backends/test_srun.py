@@ -1,6 +1,7 @@
 """How the gang of a SLURM step reads srun's messages, with a script in place of srun."""
 
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from configs.errors import UserError
 from launcher.backends import slurm
 from launcher.backends.srun import SrunGang
-from launcher.gang import Exit
+from launcher.gang import Exit, State
 from launcher.rundir import RunDirectory
 
 
@@ -83,8 +84,15 @@ def test_srun_that_would_refuse_again_is_a_mistake_of_the_user(exits_of, line):
     assert (first.code, first.cause, first.error) == (2, "srun failed", line)
 
 
-def test_srun_waits_for_a_controller_that_is_down(exits_of, tmp_path):
-    down = "srun: error: Unable to confirm allocation for job 12: Unable to contact slurm controller"
+@pytest.mark.parametrize(
+    "down",
+    [
+        "srun: error: Unable to confirm allocation for job 12: Unable to contact slurm controller",
+        # It ended while it was asked.
+        "srun: error: Unable to create step for job 12: Zero Bytes were transmitted or received",
+    ],
+)
+def test_srun_waits_for_a_controller_that_is_down(exits_of, tmp_path, down):
     busy = "srun: error: Unable to create step for job 12: Requested nodes are busy"
     calls = tmp_path / "calls"
     script = f"""
@@ -100,6 +108,36 @@ echo '{{"process": 1, "host": "n2", "step": "12.0", "exit": 0, "error": ""}}'
     assert len(calls.read_text().splitlines()) == 3
 
 
+def test_stop_between_two_tries_of_srun_reaches_the_hosts(fake_command, planned, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    run = RunDirectory(tmp_path / "runs" / "quickstart")
+    run.attempts.begin({})
+    fake_command(
+        "srun",
+        f"""
+[ -e {tmp_path}/called ] || {{ touch {tmp_path}/called; echo 'srun: error: Unable to contact slurm controller' >&2; exit 1; }}
+read -r command
+echo '{{"process": 0, "host": "n1", "step": "12.0", "exit": 75, "error": "'$command'"}}'
+""",
+    )
+    made, gangs = threading.Event(), []
+
+    def stop_meanwhile(seconds: float) -> None:
+        made.wait()
+        gangs[0].request_stop()
+
+    monkeypatch.setattr("launcher.backends.srun.time.sleep", stop_meanwhile)
+    gangs.append(SrunGang(replace(planned(), hosts=1, processes=1, run_directory=str(run.path)), run, 1))
+    made.set()
+    deadline, exits = time.monotonic() + 60, []
+    while not exits:
+        exits = gangs[0].poll(0.1)
+        if time.monotonic() > deadline:
+            gangs[0].kill()
+            pytest.fail("the hosts were not told")
+    assert exits == [Exit(0, 75, "n1", "", "stop")]
+
+
 def test_process_that_ran_out_of_memory_is_told_so(exits_of):
     first, _ = exits_of("echo 'srun: error: n2: task 1: Out Of Memory' >&2; exit 1")
     assert (first.process, first.code, first.host, first.cause) == (1, -9, "n2", "out of memory")
@@ -110,6 +148,20 @@ def test_srun_gets_no_options_from_around_the_job(exits_of, monkeypatch, tmp_pat
     exits_of(f"env >{tmp_path}/environment; exit 1")
     names = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
     assert {name for name in names if name.startswith("SLURM_")} == {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"}
+
+
+def test_job_of_a_launcher_that_was_killed_is_found_from_the_folder_of_the_root(
+    fake_command, tmp_path, monkeypatch
+):
+    path = tmp_path / "runs" / "mine"
+    run = RunDirectory(path)
+    run.begin_launch(None)
+    (path / "job.sbatch").touch()
+    fake_command(
+        "squeue", f'case "$*" in *%i*) echo "7 {path}/job.sbatch" ;; *) echo "PENDING|None|N/A|" ;; esac'
+    )
+    monkeypatch.chdir(tmp_path)
+    assert slurm.state(RunDirectory(Path("runs/mine"))) == State("queued", "job 7")
 
 
 @pytest.fixture
@@ -137,15 +189,36 @@ def failed_twice(fake_command, planned, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("nodes", "job", "excluded"),
     [
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "", ["n2"]),
-        ("n1|mixed|a\\nn2|mixed|a\\n", "", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|down*|a\\n", "", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|drained|a\\n", "", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "ExcNodeList=n3", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "ReqNodeList=n1,n2", []),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|b\\n", "Features=a", []),
-        ("n1|mixed|a,b\\nn2|mixed|a\\nn3|idle|b,a\\n", "Features=a&b", ["n2"]),
-        ("n1|mixed|a\\nn2|mixed|a\\nn3|idle|a\\n", "BatchFlag=0", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|gpu:2\\n", "", ["n2"]),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\n", "", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|down*|a|8|4000|gpu:2\\n", "", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|drained|a|8|4000|gpu:2\\n", "", []),
+        (
+            "n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|gpu:2\\n",
+            "ExcNodeList=n3",
+            [],
+        ),
+        (
+            "n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|gpu:2\\n",
+            "ReqNodeList=n1,n2",
+            [],
+        ),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|b|8|4000|gpu:2\\n", "Features=a", []),
+        (
+            "n1|mixed|a,b|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|b,a|8|4000|gpu:2\\n",
+            "Features=a&b",
+            ["n2"],
+        ),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|gpu:2\\n", "BatchFlag=0", []),
+        (
+            "n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2(S:0)\\nn3|idle|a|16|4000|gpu:2(S:1)\\n",
+            "",
+            ["n2"],
+        ),
+        # Of another kind, as in a partition of all nodes.
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|4000|(null)\\n", "", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|4|4000|gpu:2\\n", "", []),
+        ("n1|mixed|a|8|4000|gpu:2\\nn2|mixed|a|8|4000|gpu:2\\nn3|idle|a|8|2000|gpu:2\\n", "", []),
     ],
 )
 def test_node_is_excluded_only_where_enough_others_are_left(failed_twice, nodes, job, excluded):
