@@ -74,7 +74,9 @@ def read_object(files: Files, name: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{files.location}/{name} is not what podlaunch writes: {text!r:.80}; delete it, or the run")
+        raise UserError(
+            f"{files.location}/{name} is not what podlaunch writes: {text!r:.80}; delete it, or the run"
+        )
     return value
 
 

@@ -48,7 +48,7 @@ def api(monkeypatch: pytest.MonkeyPatch, gcs: Storage) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _laptop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A home of its own, with nothing in it."""
-    for name in ("HOME", "XDG_CONFIG_HOME", "CLOUDSDK_CONFIG"):
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "CLOUDSDK_CONFIG"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("launcher.rundir.lease.RENEW_SECONDS", 0.05)
@@ -435,7 +435,9 @@ def test_a_kept_slice_is_no_error_and_is_shown_until_it_is_deleted(ended):
     assert "costs money" not in ended.command("status").stdout
 
 
-@pytest.mark.parametrize("words", [["attach"], ["run", QUICKSTART, "--cluster", "tpu-v4-32", "--yes"]])
+@pytest.mark.parametrize(
+    "words", [["attach", "--yes"], ["run", QUICKSTART, "--cluster", "tpu-v4-32", "--yes"]]
+)
 def test_a_run_that_completed_on_a_slice_that_is_gone_needs_no_other(api, gcs, words):
     plan = tpu.resolve(_planned())
     run = RunDirectory(plan.run_directory)
