@@ -13,7 +13,8 @@ import math
 import re
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
@@ -21,6 +22,7 @@ from socketserver import ThreadingTCPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+import pytest
 from google.cloud.tpu_v2 import types
 from google.protobuf import empty_pb2, json_format  # noqa: F401  (an answer of operations)
 
@@ -589,6 +591,17 @@ def _any(kind: str, resource: Resource) -> Resource:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+@contextmanager
+def in_use(monkeypatch: pytest.MonkeyPatch, server: Server) -> Iterator[Server]:
+    """The launcher's own client asks this server, and neither waits long for the other."""
+    server.seconds = 0.02
+    for name, value in environment(server.address).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("launcher.providers.cloud_tpu.POLL_SECONDS", 0.01)
+    yield server
+    server.close()
 
 
 def environment(address: str) -> dict[str, str]:

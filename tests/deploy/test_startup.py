@@ -38,13 +38,8 @@ count=$(wc -l <"{looks}")
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    server = Server()
-    server.seconds = 0.02
-    for name, value in tpu_api.environment(server.address).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("launcher.providers.cloud_tpu.POLL_SECONDS", 0.01)
-    yield server
-    server.close()
+    with tpu_api.in_use(monkeypatch, Server()) as server:
+        yield server
 
 
 class Vm:

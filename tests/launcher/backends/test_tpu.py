@@ -36,13 +36,8 @@ Launch = Callable[..., Result]
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, gcs: Storage) -> Iterator[Server]:
-    server = Server()
-    server.seconds = 0.02
-    for name, value in tpu_api.environment(server.address).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("launcher.providers.cloud_tpu.POLL_SECONDS", 0.01)
-    yield server
-    server.close()
+    with tpu_api.in_use(monkeypatch, Server()) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -42,13 +42,8 @@ def laptop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, gcs: Storage) -> Iterator[Server]:
-    server = Server([HERE])
-    server.seconds = 0.01
-    for name, value in tpu_api.environment(server.address).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("launcher.providers.cloud_tpu.POLL_SECONDS", 0.01)
-    yield server
-    server.close()
+    with tpu_api.in_use(monkeypatch, Server([HERE])) as server:
+        yield server
 
 
 @pytest.fixture

@@ -29,15 +29,10 @@ NO_CAPACITY = "There is no more capacity in the zone"
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, gcs: Any) -> Iterator[Server]:
-    server = Server()
-    server.seconds = 0.02
-    for name, value in tpu_api.environment(server.address).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("launcher.providers.cloud_tpu.POLL_SECONDS", 0.01)
     for name, seconds in (("MIN_POLL", 0.01), ("MAX_POLL", 0.01), ("MIN_RETRY", 0.05), ("MAX_RETRY", 0.2)):
         monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
-    yield server
-    server.close()
+    with tpu_api.in_use(monkeypatch, Server()) as server:
+        yield server
 
 
 class Waiting:
