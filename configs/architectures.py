@@ -106,9 +106,9 @@ def parameter_shapes(
     yield (num_classes,)
 
 
-def num_parameters(name: str, *, num_classes: int, width: int = 64, stem: str = "imagenet") -> int:
-    """Number of trainable parameters of `name`, without the batch-norm statistics."""
-    return sum(map(math.prod, parameter_shapes(name, num_classes=num_classes, width=width, stem=stem)))
+def num_parameters(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Number of trainable parameters of these shapes, without the batch-norm statistics."""
+    return sum(map(math.prod, shapes))
 
 
 def sharded_dim(shape: tuple[int, ...], num_shards: int) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from configs.architectures import parameter_shapes, share_of_device
+from configs.architectures import num_parameters, parameter_shapes, share_of_device
 from configs.clusters import SlurmCluster, TpuCluster, seconds
 from configs.errors import UserError
 from configs.schema import RunConfig, num_examples
@@ -126,7 +126,7 @@ def make_plan(
         steps=steps,
         steps_per_epoch=num_train / batch,
         epochs=steps * batch / num_train,
-        parameters=sum(map(math.prod, shapes)),
+        parameters=num_parameters(shapes),
         config_file=str(config_file),
         config=_resolved(config, mesh, steps, cluster, run_directory),
         provenance=provenance,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs.architectures import flops_per_image, num_parameters
+from configs.architectures import flops_per_image, num_parameters, parameter_shapes
 
 
 @pytest.mark.parametrize(
@@ -16,13 +16,16 @@ from configs.architectures import flops_per_image, num_parameters
     ],
 )
 def test_parameters_at_1000_classes_are_the_published_ones(name, expected):
-    assert num_parameters(name, num_classes=1000) == expected
+    assert num_parameters(parameter_shapes(name, num_classes=1000)) == expected
 
 
 def test_classes_and_stem_change_what_they_should():
-    full = num_parameters("resnet50", num_classes=1000)
-    assert full - num_parameters("resnet50", num_classes=10) == 990 * (2048 + 1)
-    assert full - num_parameters("resnet50", num_classes=1000, stem="small") == (7 * 7 - 3 * 3) * 3 * 64
+    full = num_parameters(parameter_shapes("resnet50", num_classes=1000))
+    assert full - num_parameters(parameter_shapes("resnet50", num_classes=10)) == 990 * (2048 + 1)
+    assert (
+        full - num_parameters(parameter_shapes("resnet50", num_classes=1000, stem="small"))
+        == (7 * 7 - 3 * 3) * 3 * 64
+    )
 
 
 @pytest.mark.parametrize(

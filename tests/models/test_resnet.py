@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import models
-from configs.architectures import ARCHITECTURES, num_parameters
+from configs.architectures import ARCHITECTURES, num_parameters, parameter_shapes
 from configs.schema import ModelConfig
 from models.resnet import BatchNorm
 
@@ -31,14 +31,14 @@ def count(model: nnx.Module) -> int:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_torchvisions_and_the_plans(name: str) -> None:
     model = nnx.eval_shape(lambda: build(name=name))
-    assert count(model) == PUBLISHED[name] == num_parameters(name, num_classes=1000)
+    assert count(model) == PUBLISHED[name] == num_parameters(parameter_shapes(name, num_classes=1000))
 
 
 @pytest.mark.parametrize("name", ["resnet4", "resnet18", "resnet50"])
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_the_plan_counts_what_is_built_for_any_width_and_stem(name: str, stem: str) -> None:
     model = nnx.eval_shape(lambda: build(name=name, stem=stem, width=12, num_classes=7))
-    assert count(model) == num_parameters(name, stem=stem, width=12, num_classes=7)
+    assert count(model) == num_parameters(parameter_shapes(name, stem=stem, width=12, num_classes=7))
 
 
 def test_every_published_depth_is_there() -> None:
