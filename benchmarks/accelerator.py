@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks._common import REPOSITORY, print_table
 from benchmarks._images import photographs
 from benchmarks.rivals import last_line, python_of
-from configs.architectures import ARCHITECTURES, flops_per_image, num_parameters
+from configs.architectures import ARCHITECTURES, flops_per_image, num_parameters, parameter_shapes
 from configs.errors import UserError
 from configs.files import cache_folder
 from configs.load import load
@@ -238,7 +238,8 @@ class Table:
         if peak and "bytes_per_image" in row:
             row["share_of_bandwidth"] = rate * row["bytes_per_image"] / (peak.gigabytes_per_second * 1e9)
         m = config.model
-        expected = num_parameters(m.name, num_classes=m.num_classes, width=m.width, stem=m.stem)
+        shapes = parameter_shapes(m.name, num_classes=m.num_classes, width=m.width, stem=m.stem)
+        expected = num_parameters(shapes)
         if row.get("parameters", expected) != expected:
             row["problem"] = f"another network: {row['parameters']:,} parameters, ours has {expected:,}"
 
